@@ -88,22 +88,23 @@ mkdir -p "$B/boot"
 (cd "$R" && find . -print0 | LC_ALL=C sort -z | cpio --null -o -H newc -R 0:0 --reproducible --quiet | zstd -q -19 -T0) >"$B/boot/initrd"
 cp "$W/kernel/boot/vmlinuz-$VERSION" "$B/boot/vmlinuz"
 
+# Measured under software emulation: the 16-bit entry and no address randomisation save 2.5 of 6 seconds.
 # panic=1: a crashed guest without a pvpanic device starts anew instead of standing still for ever.
 cat >"$W/early.cfg" <<'G'
 serial --unit=0 --speed=115200
 terminal_output serial console
-linux $prefix/vmlinuz console=ttyS0,115200 panic=1 quiet
-initrd $prefix/initrd
+linux16 $prefix/vmlinuz console=ttyS0,115200 panic=1 quiet nokaslr
+initrd16 $prefix/initrd
 boot
 G
 RAW=$W/tiny.raw
 START=2048
 truncate -s ${VIRTUAL_MIB}M "$RAW"
 printf 'label: dos\nlabel-id: 0x67686f73\nstart=%s, type=83, bootable\n' $START | sfdisk -q "$RAW"
-mke2fs -q -F -t ext4 -m 0 -L ghost-tiny -O ^metadata_csum_seed,^orphan_file -J size=4 -d "$B" \
+mke2fs -q -F -t ext4 -b 4096 -m 0 -L ghost-tiny -O ^metadata_csum_seed,^orphan_file -J size=4 -d "$B" \
     -E "offset=$((START * 512)),root_owner=0:0" "$RAW" $((VIRTUAL_MIB * 1024 - START / 2))k
 # shellcheck disable=SC2016 # (,msdos1) is a partition of whichever disk the BIOS booted from
-embed_grub "$RAW" '(,msdos1)/boot' 1 $((START - 1)) "$W/early.cfg" biosdisk part_msdos ext2 linux serial terminal
+embed_grub "$RAW" '(,msdos1)/boot' 1 $((START - 1)) "$W/early.cfg" biosdisk part_msdos ext2 linux16 serial terminal
 
 qemu-img convert -c -O qcow2 "$RAW" "$CACHED.tmp"
 mv "$CACHED.tmp" "$CACHED"
