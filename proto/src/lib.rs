@@ -14,3 +14,5 @@ pub mod agent {
 
 /// The file descriptor set of all packages, for gRPC reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!("generated/descriptors.bin");
+
+pub mod view;
