@@ -1,0 +1,384 @@
+//! Puts the application together: loads the state, starts engine and supervision, hands out the
+//! use cases, and drains at the end.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ghost_domain::ports::{
+    CertificateAuthority, Clock, HostProbe, Hypervisor, ImageCache, ImageCatalogue,
+    NetworkProvider, StateStore, VmStorage,
+};
+use ghost_domain::{ByteSize, EventKind, OperationKind, Overcommit, Reserved, Result};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::operations::{Engine, Failpoints, TraceHook};
+use crate::registry::{Model, Registry};
+use crate::supervise::Supervisor;
+use crate::{access, event, host, image, network, operation, vm};
+
+/// Everything outside that the application needs.
+#[derive(Clone)]
+pub struct Ports {
+    /// Runs VMs.
+    pub hypervisor: Arc<dyn Hypervisor>,
+    /// Keeps VMs' files.
+    pub storage: Arc<dyn VmStorage>,
+    /// Keeps images.
+    pub images: Arc<dyn ImageCache>,
+    /// The most that the image cache may hold before the least recently used are evicted.
+    pub image_cache_size: ByteSize,
+    /// Knows official images.
+    pub catalogue: Arc<dyn ImageCatalogue>,
+    /// Makes networks.
+    pub networks: Arc<dyn NetworkProvider>,
+    /// Reads the host.
+    pub host: Arc<dyn HostProbe>,
+    /// Keeps state.
+    pub store: Arc<dyn StateStore>,
+    /// Signs certificates.
+    pub authority: Arc<dyn CertificateAuthority>,
+    /// Tells the time.
+    pub clock: Arc<dyn Clock>,
+}
+
+/// What the owner of the host decided.
+#[derive(Clone, Default)]
+pub struct Options {
+    /// What stays the owner's.
+    pub reserved: Reserved,
+    /// How often a resource may be promised.
+    pub overcommit: Overcommit,
+    /// Breaks operations on purpose, in tests.
+    pub failpoints: Option<Failpoints>,
+    /// Ties an operation's trace to its request's.
+    pub trace: Option<TraceHook>,
+}
+
+/// Every use case, for the shells.
+pub struct UseCases {
+    /// See [`vm::CreateVm`].
+    pub create_vm: vm::CreateVm,
+    /// See [`vm::GetVm`].
+    pub get_vm: vm::GetVm,
+    /// See [`vm::ListVms`].
+    pub list_vms: vm::ListVms,
+    /// See [`vm::WatchVm`].
+    pub watch_vm: vm::WatchVm,
+    /// See [`vm::UpdateVm`].
+    pub update_vm: vm::UpdateVm,
+    /// See [`vm::DeleteVm`].
+    pub delete_vm: vm::DeleteVm,
+    /// See [`vm::StartVm`].
+    pub start_vm: vm::StartVm,
+    /// See [`vm::StopVm`].
+    pub stop_vm: vm::StopVm,
+    /// See [`vm::RestartVm`].
+    pub restart_vm: vm::RestartVm,
+    /// See [`vm::PauseVm`].
+    pub pause_vm: vm::PauseVm,
+    /// See [`vm::ResumeVm`].
+    pub resume_vm: vm::ResumeVm,
+    /// See [`vm::OpenConsole`].
+    pub open_console: vm::OpenConsole,
+    /// See [`vm::OpenLog`].
+    pub open_log: vm::OpenLog,
+    /// See [`image::ListImages`].
+    pub list_images: image::ListImages,
+    /// See [`image::GetImage`].
+    pub get_image: image::GetImage,
+    /// See [`image::ListCatalogue`].
+    pub list_catalogue: image::ListCatalogue,
+    /// See [`image::PullImage`].
+    pub pull_image: image::PullImage,
+    /// See [`image::ImportImage`].
+    pub import_image: image::ImportImage,
+    /// See [`image::DeleteImage`].
+    pub delete_image: image::DeleteImage,
+    /// See [`operation::GetOperation`].
+    pub get_operation: operation::GetOperation,
+    /// See [`operation::ListOperations`].
+    pub list_operations: operation::ListOperations,
+    /// See [`operation::WatchOperation`].
+    pub watch_operation: operation::WatchOperation,
+    /// See [`operation::CancelOperation`].
+    pub cancel_operation: operation::CancelOperation,
+    /// See [`network::ListNetworks`].
+    pub list_networks: network::ListNetworks,
+    /// See [`network::GetNetwork`].
+    pub get_network: network::GetNetwork,
+    /// See [`host::GetStatus`].
+    pub get_status: host::GetStatus,
+    /// See [`host::CheckHealth`].
+    pub check_health: host::CheckHealth,
+    /// See [`host::CollectMetrics`].
+    pub collect_metrics: host::CollectMetrics,
+    /// See [`event::WatchEvents`].
+    pub watch_events: event::WatchEvents,
+    /// See [`access::CreateToken`].
+    pub create_token: access::CreateToken,
+    /// See [`access::Enroll`].
+    pub enroll: access::Enroll,
+    /// See [`access::Renew`].
+    pub renew: access::Renew,
+    /// See [`access::ListCertificates`].
+    pub list_certificates: access::ListCertificates,
+    /// See [`access::RevokeCertificate`].
+    pub revoke_certificate: access::RevokeCertificate,
+    /// See [`access::AuthenticateCertificate`].
+    pub authenticate_certificate: access::AuthenticateCertificate,
+    /// See [`access::CreateKey`].
+    pub create_key: access::CreateKey,
+    /// See [`access::ListKeys`].
+    pub list_keys: access::ListKeys,
+    /// See [`access::RevokeKey`].
+    pub revoke_key: access::RevokeKey,
+    /// See [`access::AuthenticateKey`].
+    pub authenticate_key: access::AuthenticateKey,
+}
+
+/// The running application.
+pub struct Application {
+    use_cases: Arc<UseCases>,
+    engine: Arc<Engine>,
+    store: Arc<dyn StateStore>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+impl Application {
+    /// Loads the state and starts engine and supervision. libvirt need not be there: states are
+    /// `unknown` until it is, and operations of an earlier run are taken up once it was looked at.
+    ///
+    /// # Errors
+    /// `StoreUnavailable` where the state cannot be read at all.
+    pub async fn start(ports: Ports, options: Options) -> Result<Self> {
+        let started = ports.clock.monotonic();
+        let contents = ports.store.load().await?;
+        let damage = contents.damage.clone();
+        let staged: Vec<_> = contents
+            .operations
+            .iter()
+            .filter(|operation| !operation.status.is_finished())
+            .filter_map(|operation| match &operation.kind {
+                OperationKind::ImportImage { staged, .. } => Some(staged.clone()),
+                _ => None,
+            })
+            .collect();
+        let model = Model::new(contents, started, options.reserved, options.overcommit);
+        let registry = Registry::new(model, Arc::clone(&ports.store), Arc::clone(&ports.clock));
+        if let Some(detail) = damage {
+            tracing::error!(detail, "the state store was damaged");
+            registry.report(|model| {
+                model
+                    .warnings
+                    .push(format!("the state store was damaged and rebuilt: {detail}"))
+            });
+            registry.tell(EventKind::StateRebuilt { detail }, None, "state");
+        }
+        if let Err(error) = ports.images.sweep(&staged).await {
+            tracing::warn!(%error, "cannot sweep the staging folder");
+        }
+        let engine = Engine::new(
+            Arc::clone(&registry),
+            ports.clone(),
+            options.failpoints,
+            options.trace,
+        );
+        let supervisor = Supervisor {
+            registry: Arc::clone(&registry),
+            ports: ports.clone(),
+            engine: Arc::clone(&engine),
+        };
+        let use_cases = Arc::new(use_cases(&registry, &engine, &ports, started));
+        let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
+        supervisor.spawn(&tasks, &stop);
+        Ok(Self {
+            use_cases,
+            engine,
+            store: Arc::clone(&ports.store),
+            tasks,
+            stop,
+        })
+    }
+
+    /// The use cases, for the shells.
+    pub fn use_cases(&self) -> Arc<UseCases> {
+        Arc::clone(&self.use_cases)
+    }
+
+    /// Refuses new work, lets short steps finish within `patience`, leaves long ones journalled,
+    /// and closes the store. VMs are not touched.
+    ///
+    /// # Errors
+    /// `StoreUnavailable` where the last state could not be flushed.
+    pub async fn drain(&self, patience: Duration) -> Result<()> {
+        self.engine.drain(patience).await;
+        self.stop.cancel();
+        self.tasks.close();
+        if tokio::time::timeout(Duration::from_secs(5), self.tasks.wait())
+            .await
+            .is_err()
+        {
+            tracing::warn!("supervision did not end in time");
+        }
+        self.store.close().await
+    }
+}
+
+fn use_cases(
+    registry: &Arc<Registry>,
+    engine: &Arc<Engine>,
+    ports: &Ports,
+    started: ghost_domain::Monotonic,
+) -> UseCases {
+    let registry = || Arc::clone(registry);
+    let engine = || Arc::clone(engine);
+    let ports = || ports.clone();
+    UseCases {
+        create_vm: vm::CreateVm {
+            engine: engine(),
+            registry: registry(),
+            ports: ports(),
+        },
+        get_vm: vm::GetVm {
+            registry: registry(),
+            ports: ports(),
+        },
+        list_vms: vm::ListVms {
+            registry: registry(),
+        },
+        watch_vm: vm::WatchVm {
+            registry: registry(),
+        },
+        update_vm: vm::UpdateVm {
+            engine: engine(),
+            registry: registry(),
+        },
+        delete_vm: vm::DeleteVm {
+            engine: engine(),
+            registry: registry(),
+        },
+        start_vm: vm::StartVm {
+            engine: engine(),
+            registry: registry(),
+            ports: ports(),
+        },
+        stop_vm: vm::StopVm {
+            engine: engine(),
+            registry: registry(),
+        },
+        restart_vm: vm::RestartVm {
+            engine: engine(),
+            registry: registry(),
+        },
+        pause_vm: vm::PauseVm {
+            engine: engine(),
+            registry: registry(),
+        },
+        resume_vm: vm::ResumeVm {
+            engine: engine(),
+            registry: registry(),
+        },
+        open_console: vm::OpenConsole {
+            registry: registry(),
+            ports: ports(),
+        },
+        open_log: vm::OpenLog {
+            registry: registry(),
+            ports: ports(),
+        },
+        list_images: image::ListImages {
+            registry: registry(),
+        },
+        get_image: image::GetImage {
+            registry: registry(),
+        },
+        list_catalogue: image::ListCatalogue {
+            registry: registry(),
+            ports: ports(),
+        },
+        pull_image: image::PullImage {
+            engine: engine(),
+            ports: ports(),
+        },
+        import_image: image::ImportImage {
+            engine: engine(),
+            registry: registry(),
+            ports: ports(),
+        },
+        delete_image: image::DeleteImage { engine: engine() },
+        get_operation: operation::GetOperation {
+            registry: registry(),
+        },
+        list_operations: operation::ListOperations {
+            registry: registry(),
+        },
+        watch_operation: operation::WatchOperation {
+            registry: registry(),
+        },
+        cancel_operation: operation::CancelOperation {
+            engine: engine(),
+            registry: registry(),
+        },
+        list_networks: network::ListNetworks {
+            registry: registry(),
+            ports: ports(),
+        },
+        get_network: network::GetNetwork {
+            list: network::ListNetworks {
+                registry: registry(),
+                ports: ports(),
+            },
+        },
+        get_status: host::GetStatus {
+            registry: registry(),
+            ports: ports(),
+            started,
+        },
+        check_health: host::CheckHealth {
+            registry: registry(),
+            ports: ports(),
+        },
+        collect_metrics: host::CollectMetrics {
+            registry: registry(),
+            ports: ports(),
+        },
+        watch_events: event::WatchEvents {
+            registry: registry(),
+        },
+        create_token: access::CreateToken {
+            registry: registry(),
+            ports: ports(),
+        },
+        enroll: access::Enroll {
+            registry: registry(),
+            ports: ports(),
+        },
+        renew: access::Renew {
+            registry: registry(),
+            ports: ports(),
+        },
+        list_certificates: access::ListCertificates {
+            registry: registry(),
+        },
+        revoke_certificate: access::RevokeCertificate {
+            registry: registry(),
+        },
+        authenticate_certificate: access::AuthenticateCertificate {
+            registry: registry(),
+        },
+        create_key: access::CreateKey {
+            registry: registry(),
+        },
+        list_keys: access::ListKeys {
+            registry: registry(),
+        },
+        revoke_key: access::RevokeKey {
+            registry: registry(),
+        },
+        authenticate_key: access::AuthenticateKey {
+            registry: registry(),
+        },
+    }
+}

@@ -1,0 +1,210 @@
+//! The registry: every record in memory, written through to the store.
+//!
+//! Reads are answered from memory. A change is a *transaction*: a closure looks at the model and
+//! answers with the changes to make, or refuses; the changes are committed to the store, and only
+//! then applied to the model and told to watchers. One transaction at a time, so that a check and
+//! the act that relies on it cannot be separated (two creates of one name: exactly one wins).
+
+mod events;
+mod model;
+mod views;
+
+use std::sync::Arc;
+
+use ghost_domain::ports::{Change, Clock, StateStore};
+use ghost_domain::{Error, ErrorCode, Event, EventKind, Result, VmId};
+use parking_lot::RwLock;
+use tokio::sync::{Mutex, watch};
+
+pub(crate) use events::EventLog;
+pub use events::EventStream;
+pub use model::HypervisorLink;
+pub(crate) use model::Model;
+pub use views::{AddressView, ConditionView, ImageView, OperationView, StateSource, VmView};
+
+/// An event to publish when a transaction has been applied.
+#[derive(Clone, Debug)]
+pub(crate) struct Notice {
+    pub(crate) kind: EventKind,
+    pub(crate) vm: Option<VmId>,
+    pub(crate) subject: String,
+}
+
+/// What a transaction's closure decided.
+pub(crate) struct Decision<T> {
+    pub(crate) value: T,
+    pub(crate) changes: Vec<Change>,
+    pub(crate) notices: Vec<Notice>,
+}
+
+impl<T> Decision<T> {
+    pub(crate) fn of(value: T, changes: Vec<Change>) -> Self {
+        Self {
+            value,
+            changes,
+            notices: Vec::new(),
+        }
+    }
+
+    pub(crate) fn nothing(value: T) -> Self {
+        Self::of(value, Vec::new())
+    }
+
+    pub(crate) fn notice(
+        mut self,
+        kind: EventKind,
+        vm: Option<VmId>,
+        subject: impl Into<String>,
+    ) -> Self {
+        self.notices.push(Notice {
+            kind,
+            vm,
+            subject: subject.into(),
+        });
+        self
+    }
+}
+
+/// See the module's documentation.
+pub(crate) struct Registry {
+    model: RwLock<Model>,
+    store: Arc<dyn StateStore>,
+    clock: Arc<dyn Clock>,
+    transaction: Mutex<()>,
+    events: EventLog,
+    revision: watch::Sender<u64>,
+}
+
+impl Registry {
+    pub(crate) fn new(
+        model: Model,
+        store: Arc<dyn StateStore>,
+        clock: Arc<dyn Clock>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            model: RwLock::new(model),
+            store,
+            clock,
+            transaction: Mutex::new(()),
+            events: EventLog::new(),
+            revision: watch::Sender::new(0),
+        })
+    }
+
+    pub(crate) fn clock(&self) -> &dyn Clock {
+        &*self.clock
+    }
+
+    /// Looks at the model. The closure must be short: writers wait for it.
+    pub(crate) fn read<T>(&self, look: impl FnOnce(&Model) -> T) -> T {
+        look(&self.model.read())
+    }
+
+    /// Changes what lives in memory only (observations, progress) and wakes the watchers. States
+    /// that came out different are told as events.
+    pub(crate) fn observe<T>(&self, change: impl FnOnce(&mut Model) -> T) -> T {
+        let now = self.clock.monotonic();
+        let (value, shown) = {
+            let mut model = self.model.write();
+            let value = change(&mut model);
+            (value, model.take_state_changes(now))
+        };
+        self.publish(shown);
+        self.touch();
+        value
+    }
+
+    /// As [`Self::observe`] for the progress of operations, which changes no state.
+    pub(crate) fn report<T>(&self, change: impl FnOnce(&mut Model) -> T) -> T {
+        let value = change(&mut self.model.write());
+        self.touch();
+        value
+    }
+
+    /// Changes what no watcher waits for (measurements), without waking anybody.
+    pub(crate) fn quietly<T>(&self, change: impl FnOnce(&mut Model) -> T) -> T {
+        change(&mut self.model.write())
+    }
+
+    /// Runs a transaction. Once the closure has decided, the transaction completes even where the
+    /// caller is dropped: a commit that reached the store is always applied to the model too.
+    pub(crate) async fn transact<T, F>(self: &Arc<Self>, decide: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Model) -> Result<Decision<T>> + Send + 'static,
+    {
+        let registry = Arc::clone(self);
+        tokio::spawn(async move {
+            let _one_at_a_time = registry.transaction.lock().await;
+            let decision = decide(&registry.model.read())?;
+            if !decision.changes.is_empty() {
+                registry.store.commit(decision.changes.clone()).await?;
+                let now = registry.clock.monotonic();
+                let shown = {
+                    let mut model = registry.model.write();
+                    for change in decision.changes {
+                        model.apply(change);
+                    }
+                    model.take_state_changes(now)
+                };
+                registry.publish(shown);
+            }
+            registry.publish(decision.notices);
+            registry.touch();
+            Ok(decision.value)
+        })
+        .await
+        .unwrap_or_else(|failure| {
+            Err(Error::internal("a transaction ended abnormally").because(failure))
+        })
+    }
+
+    /// Wakes whenever anything changed. Wait on a predicate, never on the change itself.
+    pub(crate) fn watch(&self) -> watch::Receiver<u64> {
+        self.revision.subscribe()
+    }
+
+    /// Waits until `look` finds something.
+    pub(crate) async fn wait_for<T>(&self, mut look: impl FnMut(&Model) -> Option<T>) -> Result<T> {
+        let mut changed = self.watch();
+        loop {
+            changed.borrow_and_update();
+            if let Some(found) = self.read(&mut look) {
+                return Ok(found);
+            }
+            if changed.changed().await.is_err() {
+                return Err(Error::new(
+                    ErrorCode::ShuttingDown,
+                    "the agent is shutting down",
+                ));
+            }
+        }
+    }
+
+    pub(crate) fn publish(&self, notices: Vec<Notice>) {
+        for notice in notices {
+            self.events.publish(self.clock.now(), notice);
+        }
+    }
+
+    pub(crate) fn tell(&self, kind: EventKind, vm: Option<VmId>, subject: impl Into<String>) {
+        self.publish(vec![Notice {
+            kind,
+            vm,
+            subject: subject.into(),
+        }]);
+    }
+
+    pub(crate) fn subscribe(&self, replay: bool) -> EventStream {
+        self.events.subscribe(replay)
+    }
+
+    pub(crate) fn recent_events(&self) -> Vec<Event> {
+        self.events.recent()
+    }
+
+    fn touch(&self) {
+        self.revision
+            .send_modify(|revision| *revision = revision.wrapping_add(1));
+    }
+}

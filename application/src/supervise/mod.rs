@@ -1,0 +1,230 @@
+//! Supervision: keeps what we show true to what libvirt says, and does what records ask for
+//! without anybody asking now (autostart, restart after a crash).
+//!
+//! ```text
+//! hypervisor events ─> power, drift, gone ─> registry ─> crash policy ─> engine
+//! (re)connected ─────> full list ─────────> adopt, drift, absent       └ autostart (first time after a boot)
+//! every few seconds ─> liveness, leases of VMs that have none
+//! ```
+
+mod autostart;
+mod crash;
+mod sync;
+mod timers;
+
+use std::sync::Arc;
+
+use ghost_domain::ports::HypervisorEvent;
+use ghost_domain::vm::{DesiredPower, ObservationSource, ObservedPower, Vm};
+use ghost_domain::{EventKind, VmId, ports::Change};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::application::Ports;
+use crate::operations::Engine;
+use crate::registry::{Decision, Model, Registry};
+
+pub(crate) use sync::observe_one;
+
+/// What supervision works with.
+#[derive(Clone)]
+pub(crate) struct Supervisor {
+    pub(crate) registry: Arc<Registry>,
+    pub(crate) ports: Ports,
+    pub(crate) engine: Arc<Engine>,
+}
+
+impl Supervisor {
+    /// Starts all supervising tasks; they end with `stop`.
+    pub(crate) fn spawn(self, tasks: &TaskTracker, stop: &CancellationToken) {
+        let tell = |name: &'static str, ended: bool| {
+            tracing::debug!(task = name, ended, "supervision ended")
+        };
+        let (this, token) = (self.clone(), stop.clone());
+        tasks.spawn(async move {
+            tell(
+                "events",
+                token
+                    .run_until_cancelled(this.follow_events())
+                    .await
+                    .is_some(),
+            )
+        });
+        let (this, token) = (self.clone(), stop.clone());
+        tasks.spawn(async move {
+            tell(
+                "liveness",
+                token
+                    .run_until_cancelled(timers::liveness(this))
+                    .await
+                    .is_some(),
+            )
+        });
+        let (this, token) = (self.clone(), stop.clone());
+        tasks.spawn(async move {
+            tell(
+                "leases",
+                token
+                    .run_until_cancelled(timers::leases(this))
+                    .await
+                    .is_some(),
+            )
+        });
+        let (this, token) = (self, stop.clone());
+        tasks.spawn(async move {
+            tell(
+                "upkeep",
+                token
+                    .run_until_cancelled(timers::upkeep(this))
+                    .await
+                    .is_some(),
+            )
+        });
+    }
+
+    async fn follow_events(self) {
+        let mut events = self.ports.hypervisor.subscribe();
+        let mut first = true;
+        // The adapter may have connected before we subscribed: begin with a look of our own.
+        self.connected(&mut first).await;
+        while let Some(event) = events.next().await {
+            match event {
+                HypervisorEvent::Connected => self.connected(&mut first).await,
+                HypervisorEvent::Disconnected { reason } => self.disconnected(reason),
+                HypervisorEvent::Power {
+                    id,
+                    observation,
+                    crashed,
+                } => {
+                    self.contact();
+                    let active_before = self.registry.read(|model| {
+                        model
+                            .vms
+                            .get(&id)
+                            .and_then(|entry| entry.observation.as_ref())
+                            .is_some_and(|seen| seen.power.is_active())
+                    });
+                    let known = self.registry.observe(|model| match model.vms.get_mut(&id) {
+                        Some(entry) => {
+                            if !observation.power.is_active() {
+                                entry.addresses.clear();
+                            }
+                            entry.observation = Some(observation.clone());
+                            true
+                        }
+                        None => false,
+                    });
+                    if !known {
+                        // A domain that we do not know came to life: perhaps one of ours from a lost store.
+                        sync::adopt_one(&self, id).await;
+                    } else if crashed {
+                        crash::handle(&self, id, &observation.reason).await;
+                    } else if active_before || observation.power.is_active() {
+                        self.power_changed_outside(id, observation.power, &observation.reason)
+                            .await;
+                    }
+                }
+                HypervisorEvent::Defined { id } | HypervisorEvent::Undefined { id } => {
+                    self.contact();
+                    sync::look(&self, id).await;
+                }
+            }
+        }
+    }
+
+    async fn connected(&self, first: &mut bool) {
+        match sync::full(self).await {
+            Ok(()) => {
+                let back = self.registry.observe(|model| {
+                    let back = !model.link.connected;
+                    model.link.connected = true;
+                    model.link.last_contact = self.registry.clock().monotonic();
+                    model.link.reason.clear();
+                    model.recovering = false;
+                    back
+                });
+                if back {
+                    self.registry
+                        .tell(EventKind::HypervisorConnected, None, "libvirt");
+                }
+                if std::mem::take(first) {
+                    self.engine.resume_all();
+                    autostart::run(self).await;
+                }
+            }
+            Err(error) => self.disconnected(error.to_string()),
+        }
+    }
+
+    fn disconnected(&self, reason: String) {
+        let lost = self.registry.observe(|model| {
+            let lost = model.link.connected;
+            model.link.connected = false;
+            model.link.reason = reason.clone();
+            lost
+        });
+        if lost {
+            self.registry
+                .tell(EventKind::HypervisorLost { reason }, None, "libvirt");
+        }
+    }
+
+    fn contact(&self) {
+        let now = self.registry.clock().monotonic();
+        self.registry.report(|model| model.link.last_contact = now);
+    }
+
+    /// Somebody (or the guest) changed a VM's power while no operation of ours holds it.
+    async fn power_changed_outside(&self, id: VmId, power: ObservedPower, reason: &str) {
+        let wanted = match power {
+            ObservedPower::Running => DesiredPower::Running,
+            ObservedPower::Paused => DesiredPower::Paused,
+            ObservedPower::Off => DesiredPower::Stopped,
+            ObservedPower::ShuttingDown | ObservedPower::Crashed | ObservedPower::Absent => return,
+        };
+        let name = self.registry.read(|model| {
+            model
+                .vms
+                .get(&id)
+                .filter(|entry| Model::is_settled(entry) && entry.vm.desired != wanted)
+                .map(|entry| (entry.vm.name.to_string(), entry.vm.desired))
+        });
+        let Some((name, desired)) = name else { return };
+        // A pause by an I/O error is no one's wish.
+        if power == ObservedPower::Paused && reason == "io_error" {
+            return;
+        }
+        let detail = format!(
+            "power is {}, {} was wanted ({reason})",
+            power.as_str(),
+            desired.as_str()
+        );
+        // Whoever acted behind our back is believed: the wish follows, and the drift is told.
+        let followed = self
+            .registry
+            .transact(move |model| {
+                let mut vm = Vm::clone(&model.vm(id)?.vm);
+                vm.desired = wanted;
+                Ok(Decision::of((), vec![Change::PutVm(Box::new(vm))]))
+            })
+            .await;
+        if let Err(error) = followed {
+            tracing::warn!(%error, "cannot record a power change from outside");
+        }
+        // A guest that shuts itself down is everyday life; all else is somebody's hand.
+        if reason != "shutdown" {
+            self.registry
+                .tell(EventKind::VmDrift { detail }, Some(id), name);
+        }
+    }
+}
+
+/// An observation that the domain does not exist.
+pub(crate) fn absent(now: ghost_domain::Timestamp) -> ghost_domain::vm::Observation {
+    ghost_domain::vm::Observation {
+        power: ObservedPower::Absent,
+        reason: "undefined".into(),
+        source: ObservationSource::LibvirtSync,
+        since: now,
+    }
+}

@@ -1,0 +1,190 @@
+//! Looking at libvirt: one domain, or all of them.
+
+use std::collections::HashMap;
+
+use ghost_domain::ports::{Change, DomainSnapshot};
+use ghost_domain::vm::{DesiredPower, Lifecycle, ObservedPower, Vm};
+use ghost_domain::{EventKind, Image, ImageOrigin, Result, VmId};
+
+use super::{Supervisor, absent};
+use crate::application::Ports;
+use crate::registry::{Decision, Model, Registry};
+
+/// Looks at one domain and records its power; told states follow.
+pub(crate) async fn observe_one(registry: &Registry, ports: &Ports, id: VmId) {
+    let Ok(seen) = ports.hypervisor.get(id).await else {
+        return;
+    };
+    let now = registry.clock().now();
+    let monotonic = registry.clock().monotonic();
+    registry.observe(|model| {
+        model.link.last_contact = monotonic;
+        if let Some(entry) = model.vms.get_mut(&id) {
+            entry.observation =
+                Some(seen.map_or_else(|| absent(now), |snapshot| snapshot.observation));
+        }
+    });
+}
+
+/// Looks at one domain after its definition changed.
+pub(super) async fn look(supervisor: &Supervisor, id: VmId) {
+    let Ok(seen) = supervisor.ports.hypervisor.get(id).await else {
+        return;
+    };
+    let known = supervisor
+        .registry
+        .read(|model| model.vms.contains_key(&id));
+    match (known, seen) {
+        (true, Some(snapshot)) => apply(supervisor, id, Some(snapshot)),
+        (true, None) => apply(supervisor, id, None),
+        (false, Some(snapshot)) => adopt(supervisor, vec![snapshot]).await,
+        (false, None) => {}
+    }
+}
+
+/// Looks at a domain that has no record.
+pub(super) async fn adopt_one(supervisor: &Supervisor, id: VmId) {
+    look(supervisor, id).await;
+}
+
+/// Puts what was seen of a known VM into the registry and tells drift.
+fn apply(supervisor: &Supervisor, id: VmId, snapshot: Option<DomainSnapshot>) {
+    let registry = &supervisor.registry;
+    let now = registry.clock().now();
+    let told = registry.observe(|model| {
+        let entry = model.vms.get_mut(&id)?;
+        // While an operation of ours holds the VM, what differs is our own doing.
+        let held = entry.operation.is_some();
+        let drift = match &snapshot {
+            Some(snapshot) => drift_of(&entry.vm, snapshot),
+            None => vec!["the libvirt domain was undefined".to_owned()],
+        };
+        entry.observation =
+            Some(snapshot.map_or_else(|| absent(now), |snapshot| snapshot.observation));
+        let news = !held && !drift.is_empty() && drift != entry.drift;
+        if !held || drift.is_empty() {
+            if entry.drift.is_empty() {
+                entry.drift_since = now;
+            }
+            entry.drift.clone_from(&drift);
+        }
+        news.then(|| (drift.join("; "), entry.vm.name.to_string()))
+    });
+    if let Some((detail, name)) = told {
+        registry.tell(EventKind::VmDrift { detail }, Some(id), name);
+    }
+}
+
+/// How a domain differs from our record: by its own metadata (the adapter compared those), and
+/// where the metadata itself is not what we wrote.
+fn drift_of(vm: &Vm, snapshot: &DomainSnapshot) -> Vec<String> {
+    let mut drift = snapshot.drift.clone();
+    if snapshot.name != vm.name.as_str() {
+        drift.push(format!("the domain is named {:?}", snapshot.name));
+    }
+    match &snapshot.record {
+        None => drift.push("our metadata in the domain is damaged".into()),
+        Some(record) if record.generation != vm.generation => {
+            drift.push(format!(
+                "the domain is of generation {}, the record of {}",
+                record.generation, vm.generation
+            ));
+        }
+        Some(_) => {}
+    }
+    drift
+}
+
+/// Looks at all domains: what is known is updated, what is ours and unknown is adopted, what is
+/// gone is marked absent. Nothing is destroyed here, whatever is or is not seen.
+pub(super) async fn full(supervisor: &Supervisor) -> Result<()> {
+    let registry = &supervisor.registry;
+    let snapshots = supervisor.ports.hypervisor.list().await?;
+    let mut seen: HashMap<VmId, DomainSnapshot> = snapshots
+        .into_iter()
+        .map(|snapshot| (snapshot.id, snapshot))
+        .collect();
+    let known: Vec<VmId> = registry.read(|model| model.vms.keys().copied().collect());
+    // The link is up from here on, so that states come out right as they are applied.
+    let now = registry.clock().monotonic();
+    registry.report(|model| model.link.last_contact = now);
+    for id in known {
+        let snapshot = seen.remove(&id);
+        let (power, reason) =
+            snapshot
+                .as_ref()
+                .map_or((ObservedPower::Absent, String::new()), |snapshot| {
+                    (
+                        snapshot.observation.power,
+                        snapshot.observation.reason.clone(),
+                    )
+                });
+        let crashed = power == ObservedPower::Crashed;
+        apply(supervisor, id, snapshot);
+        if crashed {
+            super::crash::handle(supervisor, id, &reason).await;
+        }
+    }
+    adopt(supervisor, seen.into_values().collect()).await;
+    Ok(())
+}
+
+/// Makes records for domains that carry our metadata and have none: the store was lost or is
+/// older than they are. Running VMs go on untouched.
+async fn adopt(supervisor: &Supervisor, strangers: Vec<DomainSnapshot>) {
+    let registry = &supervisor.registry;
+    for snapshot in strangers {
+        let Some(mut vm) = snapshot.record.clone() else {
+            tracing::warn!(domain = %snapshot.id, name = %snapshot.name, "a domain of ours has damaged metadata and no record; it is left alone");
+            continue;
+        };
+        let id = vm.id;
+        vm.lifecycle = Lifecycle::Ready;
+        vm.desired = match snapshot.observation.power {
+            ObservedPower::Running | ObservedPower::ShuttingDown => DesiredPower::Running,
+            ObservedPower::Paused => DesiredPower::Paused,
+            ObservedPower::Off | ObservedPower::Crashed | ObservedPower::Absent => {
+                DesiredPower::Stopped
+            }
+        };
+        let content = match &vm.spec.image.content {
+            Some((digest, _)) => supervisor.ports.images.get(digest).await.ok().flatten(),
+            None => None,
+        };
+        let name = vm.name.to_string();
+        let now = registry.clock().now();
+        let adopted = registry
+            .transact(move |model: &Model| {
+                if model.vms.contains_key(&vm.id) {
+                    return Ok(Decision::nothing(false));
+                }
+                if model.names.contains_key(&vm.name) {
+                    tracing::warn!(vm = %vm.id, name = %vm.name, "a domain of ours has no record, and its name is taken; it is left alone");
+                    return Ok(Decision::nothing(false));
+                }
+                let mut changes = Vec::new();
+                let image = vm.spec.image.name.clone();
+                // The image's name is in the metadata: its record is rebuilt with it.
+                if let Some(content) = content.filter(|_| !model.images.contains_key(&image)) {
+                    changes.push(Change::PutImage(Image {
+                        name: image,
+                        digest: content.digest,
+                        format: content.format,
+                        virtual_size: content.virtual_size,
+                        file_size: content.file_size,
+                        origin: ImageOrigin::Imported { file_name: "recovered from the cache".into() },
+                        created_at: now,
+                        last_used_at: now,
+                    }));
+                }
+                changes.push(Change::PutVm(Box::new(vm)));
+                Ok(Decision::of(true, changes).notice(EventKind::VmAdded { adopted: true }, Some(id), name))
+            })
+            .await;
+        match adopted {
+            Ok(true) => apply(supervisor, id, Some(snapshot)),
+            Ok(false) => {}
+            Err(error) => tracing::error!(vm = %id, %error, "cannot record an adopted VM"),
+        }
+    }
+}

@@ -1,0 +1,214 @@
+//! What must be looked at from time to time because nobody tells it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::time::Duration;
+
+use ghost_domain::{MacAddress, NetworkName};
+
+use super::Supervisor;
+
+/// How often libvirt is asked whether it still answers. Together with the adapter's own watch this
+/// keeps the shown age of states honest.
+const LIVENESS: Duration = Duration::from_secs(3);
+/// DHCP tells nobody of its leases: asked this often while a running VM has no address …
+const LEASES_WAITING: Duration = Duration::from_secs(1);
+/// … and this often otherwise.
+const LEASES_SETTLED: Duration = Duration::from_secs(30);
+/// Disk usage and free space are measured this often.
+const UPKEEP: Duration = Duration::from_secs(30);
+/// The state is exported this often.
+const EXPORT: Duration = Duration::from_secs(300);
+
+/// Notes that libvirt answers.
+pub(super) async fn liveness(supervisor: Supervisor) {
+    loop {
+        tokio::time::sleep(LIVENESS).await;
+        let connected = supervisor.registry.read(|model| model.link.connected);
+        if connected && supervisor.ports.hypervisor.info().await.is_ok() {
+            supervisor.contact();
+        }
+    }
+}
+
+/// Learns addresses from leases.
+pub(super) async fn leases(supervisor: Supervisor) {
+    let registry = &supervisor.registry;
+    loop {
+        let waiting = look_at_leases(&supervisor).await;
+        let pause = if waiting {
+            LEASES_WAITING
+        } else {
+            LEASES_SETTLED
+        };
+        let mut changed = registry.watch();
+        changed.borrow_and_update();
+        // A VM that comes up without an address ends the long pause.
+        let woken = async {
+            loop {
+                if changed.changed().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+                if !waiting && !networks_waiting(&supervisor).is_empty() {
+                    return;
+                }
+            }
+        };
+        drop(tokio::time::timeout(pause, woken).await);
+    }
+}
+
+/// Networks of running VMs that have no address yet.
+fn networks_waiting(supervisor: &Supervisor) -> BTreeSet<NetworkName> {
+    supervisor.registry.read(|model| {
+        if !model.link.connected {
+            return BTreeSet::new();
+        }
+        model
+            .vms
+            .values()
+            .filter(|entry| entry.addresses.is_empty())
+            .filter(|entry| {
+                entry
+                    .observation
+                    .as_ref()
+                    .is_some_and(|seen| seen.power.is_active())
+            })
+            .flat_map(|entry| {
+                entry
+                    .vm
+                    .spec
+                    .interfaces
+                    .iter()
+                    .map(|card| card.network.clone())
+            })
+            .collect()
+    })
+}
+
+/// Reads the leases of all networks with running VMs; tells whether a VM still waits for one.
+async fn look_at_leases(supervisor: &Supervisor) -> bool {
+    let registry = &supervisor.registry;
+    let networks: BTreeSet<NetworkName> = registry.read(|model| {
+        if !model.link.connected {
+            return BTreeSet::new();
+        }
+        model
+            .vms
+            .values()
+            .filter(|entry| {
+                entry
+                    .observation
+                    .as_ref()
+                    .is_some_and(|seen| seen.power.is_active())
+            })
+            .flat_map(|entry| {
+                entry
+                    .vm
+                    .spec
+                    .interfaces
+                    .iter()
+                    .map(|card| card.network.clone())
+            })
+            .collect()
+    });
+    let mut by_mac: BTreeMap<MacAddress, Vec<IpAddr>> = BTreeMap::new();
+    for network in networks {
+        match supervisor.ports.networks.leases(&network).await {
+            Ok(leases) => {
+                for lease in leases {
+                    by_mac.entry(lease.mac).or_default().push(lease.address);
+                }
+            }
+            Err(error) => tracing::debug!(%network, %error, "cannot read leases"),
+        }
+    }
+    let now = registry.clock().monotonic();
+    let changed = registry.read(|model| {
+        model.vms.values().any(|entry| {
+            entry
+                .observation
+                .as_ref()
+                .is_some_and(|seen| seen.power.is_active())
+                && addresses_of(
+                    entry.vm.spec.interfaces.iter().map(|card| card.mac),
+                    &by_mac,
+                ) != entry.addresses
+        })
+    });
+    let update = |model: &mut crate::registry::Model| {
+        for entry in model.vms.values_mut() {
+            if !entry
+                .observation
+                .as_ref()
+                .is_some_and(|seen| seen.power.is_active())
+            {
+                continue;
+            }
+            let found = addresses_of(
+                entry.vm.spec.interfaces.iter().map(|card| card.mac),
+                &by_mac,
+            );
+            if !found.is_empty() {
+                entry.addresses_at = now;
+            }
+            entry.addresses = found;
+        }
+    };
+    if changed {
+        registry.observe(update);
+    } else if !by_mac.is_empty() {
+        registry.quietly(update);
+    }
+    !networks_waiting(supervisor).is_empty()
+}
+
+fn addresses_of(
+    macs: impl Iterator<Item = MacAddress>,
+    by_mac: &BTreeMap<MacAddress, Vec<IpAddr>>,
+) -> Vec<(MacAddress, IpAddr)> {
+    macs.flat_map(|mac| {
+        by_mac
+            .get(&mac)
+            .into_iter()
+            .flatten()
+            .map(move |address| (mac, *address))
+    })
+    .collect()
+}
+
+/// Measures what disks take, reads the host, exports the state.
+pub(super) async fn upkeep(supervisor: Supervisor) {
+    let registry = &supervisor.registry;
+    let mut exported = tokio::time::Instant::now();
+    loop {
+        measure(&supervisor).await;
+        if exported.elapsed() >= EXPORT {
+            exported = tokio::time::Instant::now();
+            if let Err(error) = supervisor.ports.store.export().await {
+                tracing::warn!(%error, "cannot export the state");
+            }
+        }
+        // What was deleted or made since the last look is measured at the next one.
+        tokio::time::sleep(UPKEEP).await;
+        tracing::trace!(vms = registry.read(|model| model.vms.len()), "upkeep");
+    }
+}
+
+/// Reads what changes without anybody telling: free space, and what the disks take.
+pub(crate) async fn measure(supervisor: &Supervisor) {
+    let registry = &supervisor.registry;
+    if let Ok(host) = supervisor.ports.host.resources().await {
+        registry.quietly(|model| model.host = host);
+    }
+    let ids: Vec<_> = registry.read(|model| model.vms.keys().copied().collect());
+    for id in ids {
+        if let Ok(usage) = supervisor.ports.storage.usage(id).await {
+            registry.quietly(|model| {
+                if let Some(entry) = model.vms.get_mut(&id) {
+                    entry.usage = usage;
+                }
+            });
+        }
+    }
+}
