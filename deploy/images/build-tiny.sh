@@ -102,7 +102,7 @@ START=2048
 truncate -s ${VIRTUAL_MIB}M "$RAW"
 printf 'label: dos\nlabel-id: 0x67686f73\nstart=%s, type=83, bootable\n' $START | sfdisk -q "$RAW"
 mke2fs -q -F -t ext4 -b 4096 -m 0 -L ghost-tiny -O ^metadata_csum_seed,^orphan_file -J size=4 -d "$B" \
-    -E "offset=$((START * 512)),root_owner=0:0" "$RAW" $((VIRTUAL_MIB * 1024 - START / 2))k
+    -E "offset=$((START * 512)),root_owner=0:0,lazy_itable_init=0,lazy_journal_init=0" "$RAW" $((VIRTUAL_MIB * 1024 - START / 2))k
 # shellcheck disable=SC2016 # (,msdos1) is a partition of whichever disk the BIOS booted from
 embed_grub "$RAW" '(,msdos1)/boot' 1 $((START - 1)) "$W/early.cfg" biosdisk part_msdos ext2 linux16 serial terminal
 

@@ -51,6 +51,13 @@ hand_out() {
         python3 -c 'import json,sys; print(json.load(sys.stdin)["virtual-size"] // 1048576)') MiB virtual)"
 }
 
+# mirror_of SUITE: where this host's own apt takes that suite from, empty if it does not know it
+mirror_of() {
+    # shellcheck disable=SC2016 # these are apt's own placeholders
+    apt-get indextargets --format '$(CODENAME)|$(REPO_URI)' 'Created-By: Packages' |
+        awk -F'|' -v suite="$1" '$1 == suite { print $2; exit }'
+}
+
 # newest_dependency META: the package that META stands for, such as linux-image-cloud-amd64
 newest_dependency() {
     apt-cache depends --no-recommends --no-suggests --no-conflicts --no-breaks --no-replaces --no-enhances "$1" 2>/dev/null |
