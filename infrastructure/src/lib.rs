@@ -1,2 +1,4 @@
-//! Placeholder.
+//! Adapters of the ports in `ghost_domain::ports`, one module for each part of the outside world.
+
 pub mod identity;
+pub mod libvirt;

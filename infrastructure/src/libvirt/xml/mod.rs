@@ -1,0 +1,12 @@
+//! Domain and network XML: written by a typed writer, read as untrusted input.
+
+mod domain;
+mod metadata;
+mod network;
+mod tree;
+
+pub(crate) use domain::{DomainProfile, Parsed, domain_xml, parse_domain};
+pub(crate) use tree::Element;
+
+/// The namespace of our metadata element in domains and networks.
+pub const METADATA_NAMESPACE: &str = "https://ghost.cloud/xmlns/vm/1";
