@@ -154,9 +154,10 @@ pub(crate) fn register(connection: &Connect, sink: &Sink) -> Result<Callbacks, V
         domain: Vec::new(),
         close: false,
     };
-    // SAFETY (all three): virConnectDomainEventRegisterAny documents that the callback's real type
+    // SAFETY: virConnectDomainEventRegisterAny documents that the callback's real type
     // follows from the event id and that callers cast it with VIR_DOMAIN_EVENT_CALLBACK; libvirt
-    // casts it back before calling it. Function pointers all have one size.
+    // casts it back before calling it. Function pointers all have one size. The same holds for the
+    // two below.
     let lifecycle = unsafe { std::mem::transmute::<Lifecycle, Generic>(on_lifecycle) };
     // SAFETY: as above.
     let io_error = unsafe { std::mem::transmute::<IoError, Generic>(on_io_error) };

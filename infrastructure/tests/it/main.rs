@@ -1,3 +1,4 @@
 //! Integration tests of the adapters, in one binary.
 
+mod hypervisor;
 mod identity;

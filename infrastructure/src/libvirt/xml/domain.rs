@@ -2,7 +2,7 @@
 //!
 //! Source of the elements: <https://libvirt.org/formatdomain.html>.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use ghost_domain::ports::{Accelerator, DomainDefinition};
 use ghost_domain::vm::Vm;
@@ -423,14 +423,6 @@ fn memory_kib(memory: &Element) -> Option<u64> {
         _ => return None,
     };
     Some(value.checked_mul(unit)?.div_ceil(1024))
-}
-
-/// The files that a domain's XML attaches, for tools that need the disk of a domain as defined.
-#[cfg(test)]
-fn disk_of(root: &Element) -> Option<PathBuf> {
-    root.at(&["devices", "disk", "source"])?
-        .attribute("file")
-        .map(PathBuf::from)
 }
 
 #[cfg(test)]

@@ -1,4 +1,5 @@
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use ghost_domain::vm::{
@@ -67,6 +68,12 @@ fn qemu() -> DomainProfile {
 
 fn rendered(definition: &DomainDefinition) -> Element {
     domain_xml(definition, &qemu()).unwrap()
+}
+
+fn disk_of(root: &Element) -> Option<PathBuf> {
+    root.at(&["devices", "disk", "source"])?
+        .attribute("file")
+        .map(PathBuf::from)
 }
 
 /// The record as metadata can hold it.

@@ -1,0 +1,5 @@
+//! The hypervisor port: one contract, run against every adapter, and what is special to each.
+
+mod contract;
+mod libvirt;
+mod support;
