@@ -50,7 +50,7 @@ impl Submission {
 }
 
 enum Submitted {
-    New(Operation),
+    New(Box<Operation>),
     Known(OperationId),
 }
 
@@ -142,13 +142,14 @@ impl Engine {
                 changes.extend(forgotten(model, now));
                 let notice = notice(&operation);
                 let (vm, subject) = (operation.vm, operation.subject.clone());
-                Ok(Decision::of(Submitted::New(operation), changes).notice(notice, vm, subject))
+                Ok(Decision::of(Submitted::New(Box::new(operation)), changes)
+                    .notice(notice, vm, subject))
             })
             .await?;
         let id = match submitted {
             Submitted::New(operation) => {
                 let id = operation.id;
-                self.launch(operation);
+                self.launch(*operation);
                 id
             }
             Submitted::Known(id) => id,
