@@ -148,22 +148,22 @@ if [ -n "$CHECK" ]; then
     bad=0
     report() { # OK? TEXT
         if [ "$1" = ok ]; then say "ok: $2"; else
-            say "missing: $2"
+            say "not ok: $2"
             bad=1
         fi
     }
     for p in "${VIRT[@]}" "${PLAIN[@]}"; do
-        if installed "$p"; then report ok "package $p $(dpkg-query -W -f='${Version}' "$p")"; else report no "package $p"; fi
+        if installed "$p"; then report ok "package $p $(dpkg-query -W -f='${Version}' "$p")"; else report no "package $p is missing"; fi
     done
     for p in $(mixed); do report no "package $p is not from backports like the rest of QEMU and libvirt"; done
     if [ "$MODE" != build ]; then
-        if getent group ghost >/dev/null; then report ok "group ghost"; else report no "group ghost"; fi
-        if console_bounded; then report ok "console logs are bounded"; else report no "a bound on console logs in /etc/libvirt/virtlogd.conf"; fi
+        if getent group ghost >/dev/null; then report ok "group ghost"; else report no "no group ghost"; fi
+        if console_bounded; then report ok "console logs are bounded"; else report no "no bound on console logs in /etc/libvirt/virtlogd.conf"; fi
         if virtlogd_runs; then report ok "virtlogd runs"; else report no "virtlogd does not run"; fi
         if libvirt_answers; then report ok "libvirt answers at qemu:///system"; else report no "libvirt does not answer at qemu:///system"; fi
     fi
     if [ "$MODE" != runtime ]; then
-        if command -v cargo >/dev/null; then report ok "$(cargo --version)"; else report no "cargo (see: make deps)"; fi
+        if command -v cargo >/dev/null; then report ok "$(cargo --version)"; else report no "no cargo (see: make deps)"; fi
     fi
     exit $bad
 fi
@@ -181,32 +181,48 @@ quietly() { # what apt prints matters only when it fails
     fi
 }
 export DEBIAN_FRONTEND=noninteractive
-apt_install() {
-    quietly apt-get install -y --no-install-recommends -o DPkg::Lock::Timeout=600 -o Dpkg::Options::=--force-confold "$@"
-}
+# Another apt at work is waited for; an owner's changed configuration files stay.
+APT_OPTIONS=(-o DPkg::Lock::Timeout=600 -o Dpkg::Options::=--force-confold)
 suite_known() { apt-cache policy | grep -q "n=$CODENAME-backports"; }
+
+# Only these, with the BIOS that QEMU wants at the same age: `-t` would draw in newer libraries wherever there are any.
+pin_backports() {
+    cat >/etc/apt/preferences.d/ghost-backports.pref <<PIN
+# Written by deploy/host-setup.sh: QEMU with its BIOS and libvirt, and nothing else, come from the backports.
+Package: src:qemu src:libvirt src:seabios
+Pin: release n=$CODENAME-backports
+Pin-Priority: 990
+PIN
+}
 
 # The backports lie on the mirror that this host uses for the release itself.
 add_backports() {
     suite_known && return 0
-    local line uri key components
+    local line uri key file=/etc/apt/sources.list.d/ghost-backports.sources
     # shellcheck disable=SC2016 # these are apt's own placeholders
     line=$(apt-get indextargets --format '$(CODENAME)|$(REPO_URI)|$(SIGNED_BY)' 'Created-By: Packages' |
         awk -F'|' -v c="$CODENAME" '$1 == c { print; exit }')
     [ -n "$line" ] || die "apt knows no mirror for $CODENAME; add a source for $CODENAME-backports by hand"
     uri=$(cut -d'|' -f2 <<<"$line")
     key=$(cut -d'|' -f3 <<<"$line")
-    components=main
+    # apt leaves the placeholder as it is for a source that names no key; a key written into the source
+    # itself cannot be carried over by name. Debian's own keyring, trusted anyway, then does.
+    [[ $key =~ ^(/|[0-9A-F]{16,}) ]] || key=
     {
         echo '# Written by deploy/host-setup.sh: QEMU and libvirt on this host come from the backports.'
         echo 'Types: deb'
         echo "URIs: $uri"
         echo "Suites: $CODENAME-backports"
-        echo "Components: $components"
+        echo "Components: main"
         if [ -n "$key" ]; then echo "Signed-By: $key"; fi
-    } >/etc/apt/sources.list.d/ghost-backports.sources
+    } >"$file"
+    # A source that apt cannot use would break every later apt call of the owner.
+    if ! apt-get update >>"$LOG" 2>&1 9>&- || ! suite_known; then
+        rm -f "$file"
+        tail -n 10 "$LOG" >&2
+        die "no usable $CODENAME-backports on $uri (whole log: $LOG)"
+    fi
     say "added $CODENAME-backports to apt, from the mirror of $CODENAME"
-    quietly apt-get update
 }
 
 : >>"$LOG"
@@ -215,19 +231,18 @@ mapfile -t need_plain < <(missing_of "${PLAIN[@]}")
 if [ ${#need_virt[@]} -gt 0 ] || [ ${#need_plain[@]} -gt 0 ]; then
     say "reading the package lists"
     quietly apt-get update
-    if [ ${#need_virt[@]} -gt 0 ]; then
-        say "installing from $SUITE: ${need_virt[*]}"
-        if [ "$SUITE" = backports ]; then
-            add_backports
-            # The whole set, not only what is missing: apt may have to bring present ones to the same version.
-            apt_install -t "$CODENAME-backports" "${VIRT[@]}"
-        else
-            apt_install "${VIRT[@]}"
+    say "installing (QEMU and libvirt from $SUITE): ${need_virt[*]} ${need_plain[*]}"
+    if [ "$SUITE" = backports ]; then
+        add_backports
+        pin_backports
+        # The whole set, not only what is missing: apt may have to bring present ones to the same version.
+        # In one call with the rest, so that apt finds versions of the libraries that suit all of them. Should
+        # they need newer libraries than the release has, everything is taken from the backports.
+        if ! apt-get install -y --no-install-recommends "${APT_OPTIONS[@]}" "${VIRT[@]}" "${need_plain[@]}" >>"$LOG" 2>&1 9>&-; then
+            quietly apt-get install -y --no-install-recommends "${APT_OPTIONS[@]}" -t "$CODENAME-backports" "${VIRT[@]}" "${need_plain[@]}"
         fi
-    fi
-    if [ ${#need_plain[@]} -gt 0 ]; then
-        say "installing: ${need_plain[*]}"
-        apt_install "${need_plain[@]}"
+    else
+        quietly apt-get install -y --no-install-recommends "${APT_OPTIONS[@]}" "${need_virt[@]}" "${need_plain[@]}"
     fi
 else
     say "all packages are there"
