@@ -11,12 +11,13 @@ use ghost_domain::{
     OperationStatus, Principal, Progress, RequestId, Result, VmId,
 };
 use parking_lot::Mutex;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
 use super::failpoint::{FailAction, FailMoment, FailSite, Failpoints, TraceHook};
-use super::plan::{self, Plan};
+use super::plan::{self, Plan, Weight};
 use super::step::{Step, StepContext};
 use crate::application::Ports;
 use crate::registry::{Decision, Model, OperationView, Registry};
@@ -29,6 +30,13 @@ const KEPT_AT_LEAST: Duration = Duration::from_secs(3600);
 const UNDO_PATIENCE: Duration = Duration::from_secs(600);
 /// How often an undo that fails for another reason is tried.
 const UNDO_ATTEMPTS: u32 = 3;
+
+/// Downloads and imports at once: more of them only take the line from each other.
+const TRANSFERS: usize = 4;
+/// Steps at once that start QEMU's tools or QEMU itself.
+const DISK_WORK: usize = 8;
+/// Operations that may be open at once; past it callers are asked to come back.
+const OPEN_OPERATIONS: usize = 2_000;
 
 /// A change that somebody asks for.
 pub(crate) struct Submission {
@@ -63,6 +71,8 @@ pub(crate) struct Engine {
     running: Mutex<HashMap<OperationId, CancellationToken>>,
     tasks: TaskTracker,
     draining: CancellationToken,
+    transfers: Semaphore,
+    disk_work: Semaphore,
 }
 
 enum Ended {
@@ -87,6 +97,8 @@ impl Engine {
             running: Mutex::new(HashMap::new()),
             tasks: TaskTracker::new(),
             draining: CancellationToken::new(),
+            transfers: Semaphore::new(TRANSFERS),
+            disk_work: Semaphore::new(DISK_WORK),
         })
     }
 
@@ -114,6 +126,14 @@ impl Engine {
                     return Ok(Decision::nothing(Submitted::Known(known)));
                 }
                 model.check_accepting()?;
+                if model.open_operations().count() >= OPEN_OPERATIONS {
+                    return Err(Error::new(
+                        ErrorCode::TooManyRequests,
+                        "too many operations are under way",
+                    )
+                    .hint("wait until some have ended: ghostctl operation list")
+                    .retry_after(Duration::from_secs(5)));
+                }
                 if let Some(vm) = submission.vm
                     && let Some(entry) = model.vms.get(&vm)
                     && let Some(holder) = model.running(entry)
@@ -332,6 +352,7 @@ impl Engine {
             let span = tracing::info_span!("step", step = name);
             let outcome = {
                 let effect = async {
+                    let _turn = self.turn(&context, step.as_ref()).await;
                     self.fail_here(operation, name, FailMoment::BeforePerform)
                         .await?;
                     step.perform(&context).await?;
@@ -364,6 +385,26 @@ impl Engine {
                 .await?;
         }
         Ok(Ended::Done)
+    }
+
+    /// Waits for a turn where the step's kind of work is bounded.
+    async fn turn(&self, context: &StepContext, step: &dyn Step) -> Option<SemaphorePermit<'_>> {
+        let gate = match plan::weight(step.name()) {
+            Weight::Light => return None,
+            Weight::Transfer => &self.transfers,
+            Weight::DiskWork => &self.disk_work,
+        };
+        if let Ok(turn) = gate.try_acquire() {
+            return Some(turn);
+        }
+        context.report(Progress::waiting(
+            step.phase(),
+            "other operations to finish",
+        ));
+        // Never closed, so there is always a turn in the end.
+        let turn = gate.acquire().await.ok();
+        context.report(Progress::phase(step.phase()));
+        turn
     }
 
     /// Becomes ready when the agent drains and the step is one that may take long: short steps

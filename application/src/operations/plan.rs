@@ -92,6 +92,23 @@ fn stop(force: bool, timeout: Option<Duration>) -> Box<dyn Step> {
     }
 }
 
+/// What a step mostly takes, for bounding how many go on at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Weight {
+    Light,
+    Transfer,
+    DiskWork,
+}
+
+/// The weight of a step.
+pub(crate) fn weight(step: &str) -> Weight {
+    match step {
+        "fetch_image" | "pull_image" | "import_image" => Weight::Transfer,
+        "create_disk" | "write_seed" | "start_domain" | "remove_folder" => Weight::DiskWork,
+        _ => Weight::Light,
+    }
+}
+
 /// Steps that are not waited for when the agent drains: their effects can be taken up again.
 pub(crate) fn may_take_long(step: &str) -> bool {
     matches!(

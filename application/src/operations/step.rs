@@ -65,7 +65,8 @@ impl StepContext {
     /// not wait for an event.
     pub(crate) async fn observe(&self) {
         if let Ok(vm) = self.vm_id() {
-            crate::supervise::observe_one(&self.registry, &self.ports, vm).await;
+            // Where libvirt does not answer, the event or the next full look will tell.
+            let _seen = crate::supervise::observe_one(&self.registry, &self.ports, vm).await;
         }
     }
 }

@@ -13,9 +13,10 @@ mod sync;
 mod timers;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use ghost_domain::ports::HypervisorEvent;
-use ghost_domain::vm::{DesiredPower, ObservationSource, ObservedPower, Vm};
+use ghost_domain::vm::{DesiredPower, Observation, ObservationSource, ObservedPower, Vm};
 use ghost_domain::{EventKind, VmId, ports::Change};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -25,6 +26,9 @@ use crate::operations::Engine;
 use crate::registry::{Decision, Model, Registry};
 
 pub(crate) use sync::observe_one;
+
+/// How long after a failed look at libvirt the next one comes.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
 /// What supervision works with.
 #[derive(Clone)]
@@ -87,7 +91,17 @@ impl Supervisor {
         let mut first = true;
         // The adapter may have connected before we subscribed: begin with a look of our own.
         self.connected(&mut first).await;
-        while let Some(event) = events.next().await {
+        loop {
+            let connected = self.registry.read(|model| model.link.connected);
+            let event = tokio::select! {
+                event = events.next() => event,
+                // A look that failed while the adapter stayed connected is followed by no event.
+                () = tokio::time::sleep(LOOK_AGAIN), if !connected => {
+                    self.connected(&mut first).await;
+                    continue;
+                }
+            };
+            let Some(event) = event else { return };
             match event {
                 HypervisorEvent::Connected => self.connected(&mut first).await,
                 HypervisorEvent::Disconnected { reason } => self.disconnected(reason),
@@ -95,40 +109,48 @@ impl Supervisor {
                     id,
                     observation,
                     crashed,
-                } => {
-                    self.contact();
-                    let active_before = self.registry.read(|model| {
-                        model
-                            .vms
-                            .get(&id)
-                            .and_then(|entry| entry.observation.as_ref())
-                            .is_some_and(|seen| seen.power.is_active())
-                    });
-                    let known = self.registry.observe(|model| match model.vms.get_mut(&id) {
-                        Some(entry) => {
-                            if !observation.power.is_active() {
-                                entry.addresses.clear();
-                            }
-                            entry.observation = Some(observation.clone());
-                            true
-                        }
-                        None => false,
-                    });
-                    if !known {
-                        // A domain that we do not know came to life: perhaps one of ours from a lost store.
-                        sync::adopt_one(&self, id).await;
-                    } else if crashed {
-                        crash::handle(&self, id, &observation.reason).await;
-                    } else if active_before || observation.power.is_active() {
-                        self.power_changed_outside(id, observation.power, &observation.reason)
-                            .await;
-                    }
-                }
+                } => self.power(id, observation, crashed).await,
                 HypervisorEvent::Defined { id } | HypervisorEvent::Undefined { id } => {
                     self.contact();
                     sync::look(&self, id).await;
                 }
             }
+        }
+    }
+
+    async fn power(&self, id: VmId, observation: Observation, crashed: bool) {
+        self.contact();
+        let (power, reason) = (observation.power, observation.reason.clone());
+        let known = self.registry.observe(|model| match model.vms.get_mut(&id) {
+            Some(entry) => {
+                if !power.is_active() {
+                    entry.addresses.clear();
+                }
+                entry.observation = Some(observation);
+                true
+            }
+            None => false,
+        });
+        if !known {
+            // A domain that we do not know came to life: perhaps one of ours from a lost store.
+            sync::look(self, id).await;
+            return;
+        }
+        let settled = self
+            .registry
+            .read(|model| model.vms.get(&id).is_some_and(Model::is_settled));
+        if !settled {
+            return;
+        }
+        // The event may be an old one of an operation that has just ended: what counts is what is.
+        let current = sync::observe_one(&self.registry, &self.ports, id).await;
+        if current != Some(power) {
+            return;
+        }
+        if crashed {
+            crash::handle(self, id, &reason).await;
+        } else {
+            self.power_changed_outside(id, power, &reason).await;
         }
     }
 
@@ -220,8 +242,8 @@ impl Supervisor {
 }
 
 /// An observation that the domain does not exist.
-pub(crate) fn absent(now: ghost_domain::Timestamp) -> ghost_domain::vm::Observation {
-    ghost_domain::vm::Observation {
+pub(crate) fn absent(now: ghost_domain::Timestamp) -> Observation {
+    Observation {
         power: ObservedPower::Absent,
         reason: "undefined".into(),
         source: ObservationSource::LibvirtSync,

@@ -4,26 +4,31 @@ use std::collections::HashMap;
 
 use ghost_domain::ports::{Change, DomainSnapshot};
 use ghost_domain::vm::{DesiredPower, Lifecycle, ObservedPower, Vm};
-use ghost_domain::{EventKind, Image, ImageOrigin, Result, VmId};
+use ghost_domain::{EventKind, Image, ImageOrigin, OperationKind, OperationStatus, Result, VmId};
 
 use super::{Supervisor, absent};
 use crate::application::Ports;
 use crate::registry::{Decision, Model, Registry};
 
-/// Looks at one domain and records its power; told states follow.
-pub(crate) async fn observe_one(registry: &Registry, ports: &Ports, id: VmId) {
-    let Ok(seen) = ports.hypervisor.get(id).await else {
-        return;
-    };
+/// Looks at one domain and records its power; told states follow. `None` where libvirt did not
+/// answer.
+pub(crate) async fn observe_one(
+    registry: &Registry,
+    ports: &Ports,
+    id: VmId,
+) -> Option<ObservedPower> {
+    let seen = ports.hypervisor.get(id).await.ok()?;
     let now = registry.clock().now();
     let monotonic = registry.clock().monotonic();
+    let observation = seen.map_or_else(|| absent(now), |snapshot| snapshot.observation);
+    let power = observation.power;
     registry.observe(|model| {
         model.link.last_contact = monotonic;
         if let Some(entry) = model.vms.get_mut(&id) {
-            entry.observation =
-                Some(seen.map_or_else(|| absent(now), |snapshot| snapshot.observation));
+            entry.observation = Some(observation);
         }
     });
+    Some(power)
 }
 
 /// Looks at one domain after its definition changed.
@@ -40,11 +45,6 @@ pub(super) async fn look(supervisor: &Supervisor, id: VmId) {
         (false, Some(snapshot)) => adopt(supervisor, vec![snapshot]).await,
         (false, None) => {}
     }
-}
-
-/// Looks at a domain that has no record.
-pub(super) async fn adopt_one(supervisor: &Supervisor, id: VmId) {
-    look(supervisor, id).await;
 }
 
 /// Puts what was seen of a known VM into the registry and tells drift.
@@ -162,6 +162,9 @@ async fn adopt(supervisor: &Supervisor, strangers: Vec<DomainSnapshot>) {
                     tracing::warn!(vm = %vm.id, name = %vm.name, "a domain of ours has no record, and its name is taken; it is left alone");
                     return Ok(Decision::nothing(false));
                 }
+                if was_removed(model, vm.id) {
+                    return Ok(Decision::nothing(false));
+                }
                 let mut changes = Vec::new();
                 let image = vm.spec.image.name.clone();
                 // The image's name is in the metadata: its record is rebuilt with it.
@@ -187,4 +190,20 @@ async fn adopt(supervisor: &Supervisor, strangers: Vec<DomainSnapshot>) {
             Err(error) => tracing::error!(vm = %id, %error, "cannot record an adopted VM"),
         }
     }
+}
+
+/// Whether an operation of ours removed the VM (or undid its making) after the look at libvirt was
+/// taken: then the snapshot is old, and adopting it would bring back a record of nothing.
+fn was_removed(model: &Model, id: VmId) -> bool {
+    model.operations.values().any(|entry| {
+        let operation = &entry.operation;
+        let succeeded = operation.status == OperationStatus::Succeeded;
+        operation.vm == Some(id)
+            && operation.status.is_finished()
+            && match operation.kind {
+                OperationKind::DeleteVm { .. } => succeeded,
+                OperationKind::CreateVm { .. } => !succeeded,
+                _ => false,
+            }
+    })
 }

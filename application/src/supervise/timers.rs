@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
+use ghost_domain::vm::ObservedPower;
 use ghost_domain::{MacAddress, NetworkName};
 
 use super::Supervisor;
@@ -11,8 +12,13 @@ use super::Supervisor;
 /// How often libvirt is asked whether it still answers. Together with the adapter's own watch this
 /// keeps the shown age of states honest.
 const LIVENESS: Duration = Duration::from_secs(3);
+/// So many questions in a row without an answer, and states are unknown.
+const SILENT_AT_MOST: u32 = 2;
 /// DHCP tells nobody of its leases: asked this often while a running VM has no address …
 const LEASES_WAITING: Duration = Duration::from_secs(1);
+/// … this often while one is without address for longer than a boot takes (it may never ask) …
+const LEASES_LATE: Duration = Duration::from_secs(10);
+const BOOT_TAKES: Duration = Duration::from_secs(180);
 /// … and this often otherwise.
 const LEASES_SETTLED: Duration = Duration::from_secs(30);
 /// Disk usage and free space are measured this often.
@@ -20,13 +26,25 @@ const UPKEEP: Duration = Duration::from_secs(30);
 /// The state is exported this often.
 const EXPORT: Duration = Duration::from_secs(300);
 
-/// Notes that libvirt answers.
+/// Notes that libvirt answers, or that it no longer does.
 pub(super) async fn liveness(supervisor: Supervisor) {
+    let mut silent = 0;
     loop {
         tokio::time::sleep(LIVENESS).await;
-        let connected = supervisor.registry.read(|model| model.link.connected);
-        if connected && supervisor.ports.hypervisor.info().await.is_ok() {
-            supervisor.contact();
+        if !supervisor.registry.read(|model| model.link.connected) {
+            silent = 0;
+            continue;
+        }
+        let answer = tokio::time::timeout(LIVENESS, supervisor.ports.hypervisor.info()).await;
+        match answer {
+            Ok(Ok(_)) => {
+                silent = 0;
+                supervisor.contact();
+            }
+            Ok(Err(_)) | Err(_) => silent += 1,
+        }
+        if silent >= SILENT_AT_MOST {
+            supervisor.disconnected("libvirt does not answer".into());
         }
     }
 }
@@ -35,21 +53,17 @@ pub(super) async fn liveness(supervisor: Supervisor) {
 pub(super) async fn leases(supervisor: Supervisor) {
     let registry = &supervisor.registry;
     loop {
-        let waiting = look_at_leases(&supervisor).await;
-        let pause = if waiting {
-            LEASES_WAITING
-        } else {
-            LEASES_SETTLED
-        };
+        look_at_leases(&supervisor).await;
+        let pause = pause(&supervisor);
         let mut changed = registry.watch();
         changed.borrow_and_update();
-        // A VM that comes up without an address ends the long pause.
+        // A VM that comes up without an address ends a long pause.
         let woken = async {
             loop {
                 if changed.changed().await.is_err() {
                     std::future::pending::<()>().await;
                 }
-                if !waiting && !networks_waiting(&supervisor).is_empty() {
+                if self::pause(&supervisor) < pause {
                     return;
                 }
             }
@@ -58,36 +72,33 @@ pub(super) async fn leases(supervisor: Supervisor) {
     }
 }
 
-/// Networks of running VMs that have no address yet.
-fn networks_waiting(supervisor: &Supervisor) -> BTreeSet<NetworkName> {
+/// How long until the leases are worth another look.
+fn pause(supervisor: &Supervisor) -> Duration {
+    let now = supervisor.registry.clock().now();
     supervisor.registry.read(|model| {
         if !model.link.connected {
-            return BTreeSet::new();
+            return LEASES_SETTLED;
         }
         model
             .vms
             .values()
-            .filter(|entry| entry.addresses.is_empty())
-            .filter(|entry| {
-                entry
-                    .observation
-                    .as_ref()
-                    .is_some_and(|seen| seen.power.is_active())
+            .filter(|entry| entry.addresses.is_empty() && !entry.vm.spec.interfaces.is_empty())
+            .filter_map(|entry| entry.observation.as_ref())
+            .filter(|seen| seen.power == ObservedPower::Running)
+            .map(|seen| {
+                if now.since(seen.since) < BOOT_TAKES {
+                    LEASES_WAITING
+                } else {
+                    LEASES_LATE
+                }
             })
-            .flat_map(|entry| {
-                entry
-                    .vm
-                    .spec
-                    .interfaces
-                    .iter()
-                    .map(|card| card.network.clone())
-            })
-            .collect()
+            .min()
+            .unwrap_or(LEASES_SETTLED)
     })
 }
 
-/// Reads the leases of all networks with running VMs; tells whether a VM still waits for one.
-async fn look_at_leases(supervisor: &Supervisor) -> bool {
+/// Reads the leases of all networks with running VMs.
+async fn look_at_leases(supervisor: &Supervisor) {
     let registry = &supervisor.registry;
     let networks: BTreeSet<NetworkName> = registry.read(|model| {
         if !model.link.connected {
@@ -160,7 +171,6 @@ async fn look_at_leases(supervisor: &Supervisor) -> bool {
     } else if !by_mac.is_empty() {
         registry.quietly(update);
     }
-    !networks_waiting(supervisor).is_empty()
 }
 
 fn addresses_of(

@@ -92,12 +92,12 @@ impl Fake {
     }
 }
 
-pub(crate) fn observation(power: ObservedPower, reason: &str) -> Observation {
+fn observation(power: ObservedPower, reason: &str, now: Timestamp) -> Observation {
     Observation {
         power,
         reason: reason.to_owned(),
         source: ObservationSource::LibvirtEvent,
-        since: Timestamp::default(),
+        since: now,
     }
 }
 
@@ -105,7 +105,7 @@ impl World {
     pub(crate) fn tell_power(&self, id: VmId, power: ObservedPower, reason: &str, crashed: bool) {
         let event = HypervisorEvent::Power {
             id,
-            observation: observation(power, reason),
+            observation: observation(power, reason, self.clock.now()),
             crashed,
         };
         drop(self.events.send(event));
@@ -127,7 +127,7 @@ impl HypervisorEvents for Events {
     }
 }
 
-fn snapshot(id: VmId, domain: &Domain) -> DomainSnapshot {
+fn snapshot(id: VmId, domain: &Domain, now: Timestamp) -> DomainSnapshot {
     let mut record = domain.record.clone();
     record.cloud_init = CloudInit::default();
     DomainSnapshot {
@@ -135,7 +135,7 @@ fn snapshot(id: VmId, domain: &Domain) -> DomainSnapshot {
         name: record.name.to_string(),
         observation: Observation {
             source: ObservationSource::LibvirtSync,
-            ..observation(domain.power, &domain.reason)
+            ..observation(domain.power, &domain.reason, now)
         },
         record: Some(record),
         drift: domain.drift.clone(),
@@ -252,7 +252,10 @@ impl Hypervisor for Fake {
         if !world.reachable {
             return Err(unreachable_libvirt());
         }
-        Ok(world.domains.get(&id).map(|domain| snapshot(id, domain)))
+        Ok(world
+            .domains
+            .get(&id)
+            .map(|domain| snapshot(id, domain, self.world.clock.now())))
     }
 
     async fn list(&self) -> Result<Vec<DomainSnapshot>> {
@@ -264,7 +267,7 @@ impl Hypervisor for Fake {
         Ok(world
             .domains
             .iter()
-            .map(|(id, domain)| snapshot(*id, domain))
+            .map(|(id, domain)| snapshot(*id, domain, self.world.clock.now()))
             .collect())
     }
 
