@@ -72,7 +72,7 @@ impl DeleteVm {
                         format!("{name} is protected against deletion"),
                     )
                     .hint(format!(
-                        "lift the protection first: ghostctl vm update {name} --no-protect"
+                        "lift the protection first: ghostctl vm update {name} --unprotect"
                     )));
                 }
                 let request = if command.force {
