@@ -141,17 +141,24 @@ show ghostctl vm wait demo --for address --timeout "$BOOT_TIMEOUT"
 show ghostctl list
 
 step "What it printed on its console"
-# The address is known a moment before the last lines are there.
-for _ in $(seq 60); do
-    if ghostctl vm logs demo 2>/dev/null | grep -qE 'ghost-tiny: ready|login:'; then break; fi
+# The address is known a moment before the last lines are there. Into a file first: a reader that stops
+# early, like head, would look like a failure of the program before it.
+for _ in $(seq 120); do
+    ghostctl vm logs demo >"$DIR/console.txt"
+    if grep -qE 'ghost-tiny: ready|login:' "$DIR/console.txt"; then break; fi
     sleep 1
 done
+grep -qE 'ghost-tiny: ready|login:' "$DIR/console.txt" || {
+    echo "demo: error: the guest never said that it is ready" >&2
+    exit 1
+}
 printf '    $ ghostctl vm logs demo | tail -n 12\n'
-ghostctl vm logs demo | tail -n 12
+tail -n 12 "$DIR/console.txt"
 
 step "Metrics, as Prometheus reads them"
 printf '    $ curl -s http://127.0.0.1:%s/metrics | grep ^ghost_ | head -n 12\n' "$METRICS_PORT"
-curl -fsS "http://127.0.0.1:$METRICS_PORT/metrics" | grep '^ghost_' | head -n 12 || true
+curl -fsS "http://127.0.0.1:$METRICS_PORT/metrics" >"$DIR/metrics.txt"
+grep -m 12 '^ghost_' "$DIR/metrics.txt"
 
 step "What happened, in order"
 # `events` goes on for ever on its own; what is past is shown at once.
