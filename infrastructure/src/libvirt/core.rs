@@ -5,7 +5,6 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Instant, SystemTime};
 
-use async_trait::async_trait;
 use ghost_domain::ports::{Accelerator, HypervisorEvent, HypervisorEvents};
 use ghost_domain::vm::{Observation, ObservationSource, ObservedPower};
 use ghost_domain::{Error, ErrorCode, Result, Timestamp, VmId};
@@ -13,6 +12,7 @@ use tokio::sync::{broadcast, oneshot};
 use tracing::Instrument as _;
 use uuid::Uuid;
 
+use super::events::Subscriber;
 use super::ffi::RawEvent;
 use super::link::{Link, LinkObserver, LinkState, unavailable};
 use super::pool::{Job, Pool};
@@ -174,10 +174,14 @@ impl Core {
 
     /// Subscribes to events.
     pub(super) fn subscribe(self: &Arc<Self>) -> Box<dyn HypervisorEvents> {
-        Box::new(Subscriber {
-            events: self.events.subscribe(),
-            link: Arc::clone(&self.link),
-        })
+        let link = Arc::clone(&self.link);
+        Box::new(Subscriber::new(self.events.subscribe(), move || {
+            let state = link.watch().borrow().clone();
+            match state {
+                LinkState::Down { reason } => HypervisorEvent::Disconnected { reason },
+                LinkState::Up { .. } | LinkState::Starting => HypervisorEvent::Connected,
+            }
+        }))
     }
 
     /// How guests are executed, and why.
@@ -326,30 +330,5 @@ impl LinkObserver for Core {
 
     fn tick(&self) {
         self.pool.tend();
-    }
-}
-
-struct Subscriber {
-    events: broadcast::Receiver<HypervisorEvent>,
-    link: Arc<Link>,
-}
-
-#[async_trait]
-impl HypervisorEvents for Subscriber {
-    async fn next(&mut self) -> Option<HypervisorEvent> {
-        match self.events.recv().await {
-            Ok(event) => Some(event),
-            Err(broadcast::error::RecvError::Closed) => None,
-            Err(broadcast::error::RecvError::Lagged(missed)) => {
-                tracing::warn!(missed, "a subscriber of libvirt events was too slow");
-                // It lists anew, and sees what comes from here on.
-                self.events = self.events.resubscribe();
-                let state = self.link.watch().borrow().clone();
-                Some(match state {
-                    LinkState::Down { reason } => HypervisorEvent::Disconnected { reason },
-                    LinkState::Up { .. } | LinkState::Starting => HypervisorEvent::Connected,
-                })
-            }
-        }
     }
 }

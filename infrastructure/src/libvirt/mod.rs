@@ -17,11 +17,12 @@
 //! - XML is written by the typed writer in `xml` and read as untrusted input.
 
 mod core;
+pub(crate) mod events;
 mod ffi;
 mod hypervisor;
 mod kvm;
 mod link;
-mod pool;
+pub(crate) mod pool;
 mod session;
 mod state;
 mod wire;

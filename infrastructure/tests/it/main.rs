@@ -1,4 +1,12 @@
 //! Integration tests of the adapters, in one binary.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "tests fail by panicking, and what is skipped is printed; clippy's exception covers #[test] functions but not their helpers"
+)]
+
 mod hypervisor;
 mod identity;

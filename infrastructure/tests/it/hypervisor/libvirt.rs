@@ -45,12 +45,11 @@ impl Libvirt {
 /// A folder that QEMU's own user can reach.
 pub(crate) fn folder() -> TempDir {
     use std::os::unix::fs::PermissionsExt as _;
-    let folder = tempfile::Builder::new()
+    tempfile::Builder::new()
         .prefix("ghost-it-")
         .permissions(std::fs::Permissions::from_mode(0o755))
         .tempdir_in("/var/tmp")
-        .unwrap();
-    folder
+        .unwrap()
 }
 
 impl Drop for Libvirt {

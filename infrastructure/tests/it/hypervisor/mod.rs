@@ -2,4 +2,5 @@
 
 mod contract;
 mod libvirt;
+mod simulated;
 mod support;
