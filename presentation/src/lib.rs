@@ -1,1 +1,25 @@
-//! Placeholder.
+//! The shells of Ghost's agent: gRPC, HTTP and metrics. Each decodes a request, finds out who
+//! asks, checks the role, calls one use case and encodes what comes back.
+//!
+//! Start reading at [`grpc::serve`], [`http::router`] and [`metrics::router`].
+//!
+//! Invariants held by tests:
+//! - every RPC and every HTTP route names the role that it needs, in one table each;
+//! - an error becomes a gRPC status or an HTTP problem in one exhaustive match each;
+//! - nothing here knows infrastructure: certificates are read and traces are tied by functions
+//!   that the composition root gives;
+//! - no input ends the process, and none is believed in size or time.
+
+mod connection;
+pub mod convert;
+pub mod grpc;
+pub mod http;
+pub mod metrics;
+mod socket;
+
+pub use connection::{CertificateReader, ConnectionLimits, Listener, PeerCertificate};
+pub use socket::{LocalSocket, SOCKET_GROUP};
+
+/// Ties the span of a request to the trace that its headers name (W3C `traceparent`). The
+/// composition root gives it, because only that knows which tracing system there is.
+pub type TraceParent = std::sync::Arc<dyn Fn(&axum::http::HeaderMap, &tracing::Span) + Send + Sync>;

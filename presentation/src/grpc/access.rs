@@ -1,0 +1,177 @@
+//! Which role each RPC needs: one table, which a test holds to the descriptor set, so that no RPC
+//! can be forgotten. The use cases check the same again.
+
+use ghost_domain::Role;
+
+/// Who may make a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Anybody who reaches the listener, with or without an identity.
+    Anyone,
+    /// An identity with at least this role.
+    Role(Role),
+}
+
+/// How a call ends by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    /// One message each way; it has a deadline.
+    Unary,
+    /// A stream in at least one direction; it lasts as long as both sides want.
+    Stream,
+}
+
+/// What is fixed of a method.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Method {
+    /// The path of its requests.
+    pub path: &'static str,
+    /// Who may call it.
+    pub access: Access,
+    /// How it ends.
+    pub shape: Shape,
+}
+
+const fn unary(path: &'static str, role: Role) -> Method {
+    Method {
+        path,
+        access: Access::Role(role),
+        shape: Shape::Unary,
+    }
+}
+
+const fn stream(path: &'static str, role: Role) -> Method {
+    Method {
+        path,
+        access: Access::Role(role),
+        shape: Shape::Stream,
+    }
+}
+
+const fn anyone(path: &'static str, shape: Shape) -> Method {
+    Method {
+        path,
+        access: Access::Anyone,
+        shape,
+    }
+}
+
+use Role::{Admin, Operator, Viewer};
+
+/// Every method that is served.
+pub const METHODS: &[Method] = &[
+    unary("/ghost.agent.v1.VmService/Create", Operator),
+    unary("/ghost.agent.v1.VmService/Get", Viewer),
+    unary("/ghost.agent.v1.VmService/List", Viewer),
+    unary("/ghost.agent.v1.VmService/Update", Operator),
+    unary("/ghost.agent.v1.VmService/Delete", Operator),
+    stream("/ghost.agent.v1.VmService/Watch", Viewer),
+    unary("/ghost.agent.v1.VmService/Start", Operator),
+    unary("/ghost.agent.v1.VmService/Stop", Operator),
+    unary("/ghost.agent.v1.VmService/Restart", Operator),
+    unary("/ghost.agent.v1.VmService/Pause", Operator),
+    unary("/ghost.agent.v1.VmService/Resume", Operator),
+    // A console is the guest's keyboard, and its log may hold what was typed or printed there.
+    stream("/ghost.agent.v1.VmService/Console", Operator),
+    stream("/ghost.agent.v1.VmService/Logs", Operator),
+    unary("/ghost.agent.v1.ImageService/Get", Viewer),
+    unary("/ghost.agent.v1.ImageService/List", Viewer),
+    unary("/ghost.agent.v1.ImageService/ListCatalogue", Viewer),
+    unary("/ghost.agent.v1.ImageService/Pull", Operator),
+    stream("/ghost.agent.v1.ImageService/Import", Operator),
+    unary("/ghost.agent.v1.ImageService/Delete", Operator),
+    unary("/ghost.agent.v1.OperationService/Get", Viewer),
+    unary("/ghost.agent.v1.OperationService/List", Viewer),
+    stream("/ghost.agent.v1.OperationService/Watch", Viewer),
+    unary("/ghost.agent.v1.OperationService/Cancel", Operator),
+    unary("/ghost.agent.v1.HostService/GetStatus", Viewer),
+    unary("/ghost.agent.v1.NetworkService/Get", Viewer),
+    unary("/ghost.agent.v1.NetworkService/List", Viewer),
+    stream("/ghost.agent.v1.EventService/Watch", Viewer),
+    unary("/ghost.agent.v1.AccessService/CreateToken", Admin),
+    // Whoever enrols has no identity yet: the token decides.
+    anyone("/ghost.agent.v1.AccessService/Enroll", Shape::Unary),
+    unary("/ghost.agent.v1.AccessService/Renew", Viewer),
+    unary("/ghost.agent.v1.AccessService/WhoAmI", Viewer),
+    unary("/ghost.agent.v1.AccessService/ListCertificates", Admin),
+    unary("/ghost.agent.v1.AccessService/RevokeCertificate", Admin),
+    unary("/ghost.agent.v1.AccessService/CreateKey", Admin),
+    unary("/ghost.agent.v1.AccessService/ListKeys", Admin),
+    unary("/ghost.agent.v1.AccessService/RevokeKey", Admin),
+    // For load balancers and orchestrators, which have no identity; says nothing but "serving".
+    anyone("/grpc.health.v1.Health/Check", Shape::Unary),
+    anyone("/grpc.health.v1.Health/Watch", Shape::Stream),
+    stream(
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        Viewer,
+    ),
+    stream(
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+        Viewer,
+    ),
+];
+
+/// The method of a request's path; `None` for what is not served.
+pub fn method(path: &str) -> Option<&'static Method> {
+    METHODS.iter().find(|method| method.path == path)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use prost::Message;
+
+    use super::*;
+
+    /// Path and shape of every RPC of an encoded descriptor set.
+    fn described(encoded: &[u8]) -> BTreeMap<String, Shape> {
+        let set = prost_types::FileDescriptorSet::decode(encoded).unwrap();
+        let mut found = BTreeMap::new();
+        for file in &set.file {
+            for service in &file.service {
+                for method in &service.method {
+                    let path = format!("/{}.{}/{}", file.package(), service.name(), method.name());
+                    let streams = method.client_streaming() || method.server_streaming();
+                    let shape = if streams { Shape::Stream } else { Shape::Unary };
+                    found.insert(path, shape);
+                }
+            }
+        }
+        found
+    }
+
+    #[test]
+    fn every_rpc_declares_its_role_and_no_other_is_declared() {
+        let mut expected = described(ghost_proto::DESCRIPTORS);
+        assert!(expected.len() > 30);
+        expected.extend(described(tonic_health::pb::FILE_DESCRIPTOR_SET));
+        expected.extend(described(tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET));
+        expected.extend(described(
+            tonic_reflection::pb::v1alpha::FILE_DESCRIPTOR_SET,
+        ));
+        let declared: BTreeMap<String, Shape> = METHODS
+            .iter()
+            .map(|method| (method.path.to_owned(), method.shape))
+            .collect();
+        assert_eq!(declared, expected);
+        assert_eq!(declared.len(), METHODS.len(), "a path stands twice");
+    }
+
+    #[test]
+    fn only_enrolment_and_health_are_open() {
+        let open: Vec<_> = METHODS
+            .iter()
+            .filter(|method| method.access == Access::Anyone)
+            .map(|method| method.path)
+            .collect();
+        assert_eq!(
+            open,
+            [
+                "/ghost.agent.v1.AccessService/Enroll",
+                "/grpc.health.v1.Health/Check",
+                "/grpc.health.v1.Health/Watch",
+            ]
+        );
+    }
+}

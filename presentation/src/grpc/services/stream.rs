@@ -1,0 +1,116 @@
+//! Answers that go on: they end when their source does, when the agent shuts down, and when the
+//! caller's identity is no longer good.
+
+use std::pin::Pin;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use futures::{Stream, StreamExt, stream};
+use ghost_domain::{Error, ErrorCode};
+use tokio_util::sync::CancellationToken;
+use tonic::{Extensions, Status};
+
+use super::to_status;
+
+/// What a streaming answer is.
+pub(super) type Answer<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// Holds a stream to the conditions under which it was allowed.
+#[derive(Clone, Debug)]
+pub(crate) struct Leash {
+    stop: CancellationToken,
+    reason: Arc<OnceLock<Error>>,
+}
+
+impl Leash {
+    /// A leash that is pulled when `shutdown` is.
+    pub(crate) fn new(shutdown: &CancellationToken) -> Self {
+        Self {
+            stop: shutdown.child_token(),
+            reason: Arc::default(),
+        }
+    }
+
+    /// Ends the stream with `reason`.
+    pub(crate) fn pull(&self, reason: Error) {
+        // Only the first reason counts.
+        drop(self.reason.set(reason));
+        self.stop.cancel();
+    }
+
+    fn error(&self) -> Error {
+        self.reason.get().cloned().unwrap_or_else(shutting_down)
+    }
+}
+
+fn shutting_down() -> Error {
+    Error::new(ErrorCode::ShuttingDown, "the agent is shutting down")
+        .hint("VMs and operations are not touched; call again in a moment")
+        .retry_after(Duration::from_secs(5))
+}
+
+/// The items of `source`, until it ends or the call's leash is pulled.
+pub(super) fn until<T: Send + 'static>(
+    extensions: &Extensions,
+    source: impl Stream<Item = Result<T, Status>> + Send + 'static,
+) -> Answer<T> {
+    // The guard puts one there; without it the stream merely lasts longer.
+    let leash = extensions
+        .get::<Leash>()
+        .cloned()
+        .unwrap_or_else(|| Leash::new(&CancellationToken::new()));
+    let state = (Box::pin(source), leash, false);
+    Box::pin(stream::unfold(
+        state,
+        |(mut source, leash, ended)| async move {
+            if ended {
+                return None;
+            }
+            tokio::select! {
+                biased;
+                item = source.next() => item.map(|item| {
+                    let failed = item.is_err();
+                    (item, (source, leash, failed))
+                }),
+                () = leash.stop.cancelled() => {
+                    let status = to_status(&leash.error());
+                    Some((Err(status), (source, leash, true)))
+                }
+            }
+        },
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_pulled_leash_ends_the_stream_with_its_reason() {
+        let shutdown = CancellationToken::new();
+        let leash = Leash::new(&shutdown);
+        let mut extensions = Extensions::new();
+        extensions.insert(leash.clone());
+        let source = stream::iter([Ok(1)]).chain(stream::pending());
+        let mut answer = until::<i32>(&extensions, source);
+        assert_eq!(answer.next().await.unwrap().unwrap(), 1);
+        leash.pull(Error::new(ErrorCode::Unauthenticated, "revoked"));
+        let status = answer.next().await.unwrap().unwrap_err();
+        assert_eq!(status.code(), tonic::Code::Unauthenticated);
+        assert!(answer.next().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn shutdown_ends_it_and_a_natural_end_stays_one() {
+        let shutdown = CancellationToken::new();
+        let mut extensions = Extensions::new();
+        extensions.insert(Leash::new(&shutdown));
+        let mut open = until::<i32>(&extensions, stream::pending());
+        let mut done = until::<i32>(&extensions, stream::iter([Ok(7)]));
+        shutdown.cancel();
+        let status = open.next().await.unwrap().unwrap_err();
+        assert_eq!(status.code(), tonic::Code::Unavailable);
+        assert_eq!(done.next().await.unwrap().unwrap(), 7);
+        assert!(done.next().await.is_none());
+    }
+}

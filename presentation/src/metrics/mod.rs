@@ -1,0 +1,3 @@
+//! Metrics.
+mod recorder;
+pub use recorder::Recorder;
