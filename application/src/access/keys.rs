@@ -121,7 +121,7 @@ impl AuthenticateKey {
         let refused = || {
             Error::new(ErrorCode::Unauthenticated, "the key is not accepted")
                 .because("it is wrong, expired or revoked")
-                .hint("make one on the host: ghostctl key create --name NAME --role ROLE")
+                .hint("make one on the host: ghostctl key create NAME --role ROLE")
         };
         let mut parts = key.expose().splitn(3, '_');
         let (Some("ghost"), Some(id), Some(secret)) = (parts.next(), parts.next(), parts.next())
