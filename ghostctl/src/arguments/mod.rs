@@ -1,0 +1,150 @@
+//! The command line as clap types, and nothing else. What a flag means is in `commands/`.
+
+mod access;
+mod completers;
+mod host;
+mod image;
+mod operation;
+pub(crate) mod values;
+mod vm;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+pub(crate) use access::{ContextAdd, ContextCommand, KeyCommand, KeyCreate, Role, TrustCommand};
+pub(crate) use host::{CompletionArgs, EventsArgs, ManArgs, NetworkCommand, Shell, VersionArgs};
+pub(crate) use image::{ImageCommand, ImageImport, ImagePull};
+pub(crate) use operation::{OperationCommand, OperationList, OperationWait};
+pub(crate) use vm::{
+    LaunchArgs, Life, VmCommand, VmCreate, VmDelete, VmList, VmLogs, VmPower, VmSpec, VmStop,
+    VmUpdate, VmWait, WaitFor,
+};
+
+/// Virtual machines on ordinary machines.
+///
+/// Speaks to the agent of this host, or with a context to that of another one.
+///
+/// Exit codes: 0 done, 1 failed, 2 usage, 3 not found, 4 conflict (exists, busy, wrong state),
+/// 5 agent unreachable, 6 denied, 7 timed out, 8 not enough resources, 130 interrupted.
+/// Where several VMs are named it is the highest of theirs.
+#[derive(Debug, Parser)]
+#[command(
+    name = "ghostctl",
+    version,
+    propagate_version = false,
+    max_term_width = 100
+)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// How data is written to stdout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// For people.
+    Table,
+    /// The stable document; errors too, on stderr.
+    Json,
+    /// The same document as YAML.
+    Yaml,
+    /// One name (or id, where there is no name) a line, for scripts.
+    Name,
+}
+
+/// What every command takes.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Global {
+    /// How data is written to stdout
+    #[arg(
+        short,
+        long,
+        global = true,
+        value_enum,
+        default_value = "table",
+        value_name = "FORMAT",
+        help_heading = "Global options"
+    )]
+    pub(crate) output: Format,
+
+    /// Data and errors only: no progress, no notes
+    #[arg(short, long, global = true, help_heading = "Global options")]
+    pub(crate) quiet: bool,
+
+    /// The agent: unix:PATH or https://HOST:PORT [env: GHOST_ENDPOINT] [default: this host's
+    /// agent]
+    #[arg(
+        long,
+        global = true,
+        value_name = "ENDPOINT",
+        help_heading = "Global options"
+    )]
+    pub(crate) endpoint: Option<String>,
+
+    /// A context made with `ghostctl context add` [env: GHOST_CONTEXT]
+    #[arg(long, global = true, value_name = "NAME", help_heading = "Global options",
+          add = completers::contexts())]
+    pub(crate) context: Option<String>,
+
+    /// Show on stderr where requests go and the ids that find them in the agent's log and traces
+    #[arg(long, global = true, help_heading = "Global options")]
+    pub(crate) debug: bool,
+}
+
+/// How a change is waited for, and how it is made only once.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Change {
+    /// Print the operation's id and do not wait for it
+    #[arg(long)]
+    pub(crate) detach: bool,
+
+    /// A key of your choice: the same key gives the same operation, however often it is sent
+    #[arg(long, value_name = "ID")]
+    pub(crate) request_id: Option<String>,
+}
+
+/// What ghostctl does.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Virtual machines
+    #[command(subcommand, visible_alias = "vms")]
+    Vm(VmCommand),
+    /// Create and start a VM
+    Launch(Box<LaunchArgs>),
+    /// List the VMs (short for `vm list`)
+    #[command(visible_alias = "ls")]
+    List(VmList),
+    /// The image cache, and what can be pulled into it
+    #[command(subcommand, visible_alias = "images")]
+    Image(ImageCommand),
+    /// Changes: running ones, and those of the past
+    #[command(subcommand, visible_alias = "op")]
+    Operation(OperationCommand),
+    /// Networks and their leases
+    #[command(subcommand)]
+    Network(NetworkCommand),
+    /// What happened on the host, and what happens
+    Events(EventsArgs),
+    /// The host, its resources, and what does not work
+    Status,
+    /// Agents that this ghostctl knows
+    #[command(subcommand)]
+    Context(ContextCommand),
+    /// Who may speak to the agent: tokens and certificates
+    #[command(subcommand)]
+    Trust(TrustCommand),
+    /// Keys for the HTTP API
+    #[command(subcommand)]
+    Key(KeyCommand),
+    /// The versions of ghostctl and of the agent
+    Version(VersionArgs),
+    /// Print the completion script of a shell
+    ///
+    /// For bash: `source <(ghostctl completion bash)` in ~/.bashrc. Names of VMs, images,
+    /// operations, networks and contexts are completed live.
+    Completion(CompletionArgs),
+    /// Write the manual pages (for packages)
+    #[command(hide = true)]
+    Man(ManArgs),
+}

@@ -1,0 +1,96 @@
+//! `trust token|list|revoke`.
+
+use ghost_proto::agent::v1::{
+    CreateTokenRequest, ListCertificatesRequest, RevokeCertificateRequest,
+};
+use ghost_proto::view::{Certificate, JoinToken};
+
+use super::{describe, each};
+use crate::arguments::{Role, TrustCommand};
+use crate::connect::{Session, ask};
+use crate::errors::{Exit, Failure};
+use crate::text::{printable, time_until};
+
+pub(super) async fn run(command: TrustCommand, session: &Session) -> Result<Exit, Failure> {
+    match command {
+        TrustCommand::Token { role } => token(role, session).await,
+        TrustCommand::List => list(session).await,
+        TrustCommand::Revoke { ids } => revoke(ids, session).await,
+    }
+}
+
+async fn token(role: Role, session: &Session) -> Result<Exit, Failure> {
+    let agent = session.agent().await?;
+    let token: JoinToken = agent
+        .access()
+        .create_token(ask(CreateTokenRequest {
+            role: role.as_str().to_owned(),
+        }))
+        .await
+        .map_err(|status| agent.failure(&status))?
+        .into_inner()
+        .into();
+    session.printer.several(
+        std::slice::from_ref(&token),
+        1,
+        |token| &token.token,
+        |token, _| format!("{}\n", printable(&token.token)),
+    )?;
+    session.printer.note(&format!(
+        "good for one {} and ends {}; on the other machine:\n  ghostctl context add NAME --endpoint https://THIS-HOST:9090 --token TOKEN",
+        printable(&token.role),
+        time_until(token.expires_at.as_deref())
+    ));
+    Ok(Exit::Done)
+}
+
+async fn list(session: &Session) -> Result<Exit, Failure> {
+    let agent = session.agent().await?;
+    let certificates: Vec<Certificate> = agent
+        .access()
+        .list_certificates(ask(ListCertificatesRequest {}))
+        .await
+        .map_err(|status| agent.failure(&status))?
+        .into_inner()
+        .certificates
+        .into_iter()
+        .map(Certificate::from)
+        .collect();
+    session.printer.list(
+        &certificates,
+        |certificate| &certificate.id,
+        describe::certificate_table,
+    )?;
+    if certificates.is_empty() {
+        session
+            .printer
+            .note("nobody has a certificate; the first step: ghostctl trust token --role operator");
+    }
+    Ok(Exit::Done)
+}
+
+async fn revoke(ids: Vec<String>, session: &Session) -> Result<Exit, Failure> {
+    let agent = session.agent().await?;
+    let (revoked, exit) = each(&ids, session, |id| async {
+        agent
+            .access()
+            .revoke_certificate(ask(RevokeCertificateRequest { id }))
+            .await
+            .map(|answer| Certificate::from(answer.into_inner()))
+            .map_err(|status| agent.failure(&status))
+    })
+    .await;
+    session.printer.several(
+        &revoked,
+        ids.len(),
+        |certificate| &certificate.id,
+        |certificate, _| {
+            format!(
+                "Revoked {} of {}\n",
+                printable(&certificate.id),
+                printable(&certificate.name)
+            )
+        },
+    )?;
+    Ok(exit)
+}

@@ -1,0 +1,224 @@
+//! From the command line to a channel: which agent is meant, and how it is reached.
+//!
+//! Only what the chosen way needs is set up: a Unix socket costs no TLS and reads no context. The
+//! choice is, in this order: `--endpoint`, `--context`, `GHOST_ENDPOINT`, `GHOST_CONTEXT`, the
+//! current context, this host's agent.
+
+mod channel;
+mod endpoint;
+pub(crate) mod tls;
+mod trace;
+
+use std::time::Duration;
+
+use ghost_proto::agent::v1::{
+    access_service_client::AccessServiceClient, event_service_client::EventServiceClient,
+    host_service_client::HostServiceClient, image_service_client::ImageServiceClient,
+    network_service_client::NetworkServiceClient, operation_service_client::OperationServiceClient,
+    vm_service_client::VmServiceClient,
+};
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::Channel;
+use tonic::{Request, Status};
+
+pub(crate) use endpoint::{DEFAULT_SOCKET, Endpoint};
+pub(crate) use trace::Trace;
+
+use crate::arguments::Global;
+use crate::errors::{ErrorCode, Failure};
+use crate::identity::{Context, Contexts, LOCAL, renew};
+use crate::printer::Printer;
+
+/// What a unary request may take before the agent counts as hung.
+const CALL_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Room for lists of thousands of VMs.
+const MESSAGE_LIMIT: usize = 64 << 20;
+
+/// One run of ghostctl: how it speaks to people, and to which agent.
+pub(crate) struct Session {
+    /// Where all output goes.
+    pub(crate) printer: Printer,
+    global: Global,
+    trace: Trace,
+}
+
+/// The agent that is meant, and who we are to it.
+pub(crate) struct Target {
+    /// How it is reached.
+    pub(crate) endpoint: Endpoint,
+    /// The context, where one was chosen or belongs to the endpoint.
+    pub(crate) context: Option<Context>,
+}
+
+type Transport = InterceptedService<Channel, Trace>;
+
+/// A connection to an agent.
+#[derive(Clone)]
+pub(crate) struct Agent {
+    transport: Transport,
+    faults: tls::Faults,
+    endpoint: Endpoint,
+    context: Option<String>,
+}
+
+impl Session {
+    pub(crate) fn new(global: Global) -> Self {
+        Self {
+            printer: Printer::new(global.output, global.quiet),
+            global,
+            trace: Trace::new(),
+        }
+    }
+
+    /// The `--endpoint` of the command line alone, as `context add` needs it.
+    pub(crate) fn endpoint_flag(&self) -> Option<&str> {
+        self.global.endpoint.as_deref()
+    }
+
+    /// The trace of this run.
+    pub(crate) fn trace(&self) -> &Trace {
+        &self.trace
+    }
+
+    /// Connects to the agent that is meant.
+    pub(crate) async fn agent(&self) -> Result<Agent, Failure> {
+        let target = self.target()?;
+        if self.global.debug {
+            self.printer.debug(&format!("endpoint {}", target.endpoint));
+            for line in self.trace.lines() {
+                self.printer.debug(&line);
+            }
+        }
+        let context = target.context.as_ref();
+        let tls = match &target.endpoint {
+            Endpoint::Tls { .. } => Some(tls::of_context(context, &target.endpoint)?),
+            Endpoint::Unix(_) | Endpoint::Plain { .. } => None,
+        };
+        let agent = Agent::connect(
+            &target.endpoint,
+            tls,
+            context.map(|context| context.name.clone()),
+            &self.trace,
+        )
+        .await?;
+        if let Some(context) = context
+            && let Err(failure) = renew::if_due(context, &agent).await
+        {
+            self.printer.warning(&format!(
+                "the certificate of the context {} could not be renewed: {}",
+                context.name,
+                failure.body().error.message
+            ));
+        }
+        Ok(agent)
+    }
+
+    /// Which agent is meant.
+    pub(crate) fn target(&self) -> Result<Target, Failure> {
+        let from = |name: &str| std::env::var(name).ok().filter(|text| !text.is_empty());
+        let flags = (self.global.endpoint.clone(), self.global.context.clone());
+        match flags {
+            (None, None) => resolve(from("GHOST_ENDPOINT"), from("GHOST_CONTEXT")),
+            (endpoint, context) => resolve(endpoint, context),
+        }
+    }
+}
+
+fn resolve(endpoint: Option<String>, context: Option<String>) -> Result<Target, Failure> {
+    let endpoint = endpoint.as_deref().map(Endpoint::parse).transpose()?;
+    let context = match (context, &endpoint) {
+        (Some(name), _) if name == LOCAL => None,
+        (Some(name), _) => Some(Contexts::open()?.load(&name)?),
+        // A certificate belongs to an agent: look for the context that was made for this one.
+        (None, Some(endpoint @ Endpoint::Tls { .. })) => {
+            Contexts::open()?.find_by_endpoint(endpoint)?
+        }
+        (None, Some(_)) => None,
+        (None, None) => Contexts::current()?,
+    };
+    let endpoint = match (endpoint, &context) {
+        (Some(endpoint), _) => endpoint,
+        (None, Some(context)) => context.endpoint.clone(),
+        (None, None) => Endpoint::local(),
+    };
+    Ok(Target { endpoint, context })
+}
+
+impl Agent {
+    /// Connects, so that a failure is told apart from an answer.
+    pub(crate) async fn connect(
+        endpoint: &Endpoint,
+        tls: Option<tls::Setup>,
+        context: Option<String>,
+        trace: &Trace,
+    ) -> Result<Self, Failure> {
+        let faults = tls::Faults::default();
+        let channel = channel::open(endpoint, tls, &faults, context.as_deref()).await?;
+        Ok(Self {
+            transport: InterceptedService::new(channel, trace.clone()),
+            faults,
+            endpoint: endpoint.clone(),
+            context,
+        })
+    }
+
+    /// What a status of this agent means; a TLS alert that came after the handshake is what a
+    /// broken connection was about (TLS 1.3 refuses a client's certificate only then).
+    pub(crate) fn failure(&self, status: &Status) -> Failure {
+        let failure = Failure::from_status(status);
+        match self.faults.take() {
+            Some(fault) if failure.is_transport() => {
+                tls::failure(&fault, &self.endpoint, self.context.as_deref())
+            }
+            _ => failure,
+        }
+    }
+
+    /// A failed change: where the answer was lost, the same request id finds out what happened.
+    pub(crate) fn change_failure(&self, status: &Status, request_id: &str) -> Failure {
+        let failure = self.failure(status);
+        if failure.is_transport() && failure.code() != ErrorCode::Unauthenticated.as_str() {
+            failure.hint(format!(
+                "the same again with --request-id {request_id}: it gives the operation if there is one"
+            ))
+        } else {
+            failure
+        }
+    }
+
+    pub(crate) fn vms(&self) -> VmServiceClient<Transport> {
+        VmServiceClient::new(self.transport.clone()).max_decoding_message_size(MESSAGE_LIMIT)
+    }
+
+    pub(crate) fn images(&self) -> ImageServiceClient<Transport> {
+        ImageServiceClient::new(self.transport.clone()).max_decoding_message_size(MESSAGE_LIMIT)
+    }
+
+    pub(crate) fn operations(&self) -> OperationServiceClient<Transport> {
+        OperationServiceClient::new(self.transport.clone()).max_decoding_message_size(MESSAGE_LIMIT)
+    }
+
+    pub(crate) fn host(&self) -> HostServiceClient<Transport> {
+        HostServiceClient::new(self.transport.clone()).max_decoding_message_size(MESSAGE_LIMIT)
+    }
+
+    pub(crate) fn networks(&self) -> NetworkServiceClient<Transport> {
+        NetworkServiceClient::new(self.transport.clone()).max_decoding_message_size(MESSAGE_LIMIT)
+    }
+
+    pub(crate) fn events(&self) -> EventServiceClient<Transport> {
+        EventServiceClient::new(self.transport.clone()).max_decoding_message_size(MESSAGE_LIMIT)
+    }
+
+    pub(crate) fn access(&self) -> AccessServiceClient<Transport> {
+        AccessServiceClient::new(self.transport.clone()).max_decoding_message_size(MESSAGE_LIMIT)
+    }
+}
+
+/// A unary request with its deadline.
+pub(crate) fn ask<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.set_timeout(CALL_DEADLINE);
+    request
+}
