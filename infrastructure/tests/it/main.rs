@@ -10,3 +10,5 @@
 
 mod hypervisor;
 mod identity;
+mod images;
+mod vm_storage;
