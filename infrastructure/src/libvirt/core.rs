@@ -49,7 +49,17 @@ struct Known {
 
 impl Core {
     /// Starts the threads. libvirt need not be there.
-    pub(super) fn start(options: LibvirtOptions) -> Result<Arc<Self>> {
+    pub(super) fn start(mut options: LibvirtOptions) -> Result<Arc<Self>> {
+        // The paths in domains are absolute ones.
+        if let Some(folder) = options.data_dir.take() {
+            options.data_dir = Some(std::path::absolute(&folder).map_err(|error| {
+                Error::new(
+                    ErrorCode::InvalidArgument,
+                    format!("the data folder {} cannot be used", folder.display()),
+                )
+                .because(error)
+            })?);
+        }
         if options.uri.contains('\0') {
             return Err(Error::new(
                 ErrorCode::InvalidArgument,

@@ -13,7 +13,8 @@
 //! - no libvirt handle leaves the threads of this module or crosses an await;
 //! - every call ends within its deadline, also when libvirtd hangs; calls of one VM take effect in
 //!   the order in which they were made;
-//! - a domain without our metadata element is never returned nor touched;
+//! - a domain without our metadata element, or of another agent's data folder, is never returned
+//!   nor touched;
 //! - XML is written by the typed writer in `xml` and read as untrusted input.
 
 mod core;
@@ -28,6 +29,7 @@ mod state;
 mod wire;
 pub(crate) mod xml;
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 pub use self::hypervisor::LibvirtHypervisor;
@@ -59,6 +61,9 @@ pub struct LibvirtOptions {
     pub workers: usize,
     /// The libvirt network behind Ghost's network `default`.
     pub default_network: String,
+    /// The agent's data folder: domains of Ghost with no file below it belong to another agent on
+    /// the same libvirt and are never returned nor touched. `None` takes all.
+    pub data_dir: Option<PathBuf>,
 }
 
 impl Default for LibvirtOptions {
@@ -69,6 +74,7 @@ impl Default for LibvirtOptions {
             call_deadline: Duration::from_secs(20),
             workers: 4,
             default_network: "ghost-default".into(),
+            data_dir: None,
         }
     }
 }

@@ -73,7 +73,11 @@ impl Session<'_> {
         let xml = domain
             .xml_desc(sys::VIR_DOMAIN_XML_INACTIVE)
             .map_err(|error| self.error("read the VM's definition", &error))?;
-        let parsed = Arc::new(parse_domain(&xml)?);
+        let mut parsed = parse_domain(&xml)?;
+        if let Some(folder) = &self.core.options.data_dir {
+            parsed.ours &= parsed.lies_in(folder);
+        }
+        let parsed = Arc::new(parsed);
         self.core.remember(epoch, &parsed);
         Ok(parsed)
     }

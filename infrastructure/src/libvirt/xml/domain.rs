@@ -2,7 +2,7 @@
 //!
 //! Source of the elements: <https://libvirt.org/formatdomain.html>.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use ghost_domain::ports::{Accelerator, DomainDefinition};
 use ghost_domain::vm::Vm;
@@ -249,6 +249,16 @@ pub(crate) struct Parsed {
     pub(crate) record: Option<Vm>,
     /// How the hardware differs from the metadata.
     pub(crate) drift: Vec<String>,
+    /// The files that it is made of, by the metadata and by the devices.
+    files: Vec<PathBuf>,
+}
+
+impl Parsed {
+    /// Whether anything of the domain lies below `folder`: several agents may share one libvirt,
+    /// each with VMs in its own folder, and one that is edited keeps at least one of its files.
+    pub(crate) fn lies_in(&self, folder: &Path) -> bool {
+        self.files.iter().any(|file| file.starts_with(folder))
+    }
 }
 
 /// Reads a domain's inactive XML.
@@ -278,6 +288,7 @@ pub(crate) fn parse_domain(xml: &str) -> Result<Parsed> {
             ours: false,
             record: None,
             drift: Vec::new(),
+            files: Vec::new(),
         });
     };
     // Tools that copy a domain copy its metadata too; the copy is not our VM.
@@ -288,6 +299,7 @@ pub(crate) fn parse_domain(xml: &str) -> Result<Parsed> {
             ours: false,
             record: None,
             drift: Vec::new(),
+            files: Vec::new(),
         });
     }
     let (record, drift) = metadata::read(element).map_or_else(
@@ -308,7 +320,27 @@ pub(crate) fn parse_domain(xml: &str) -> Result<Parsed> {
         ours: true,
         record,
         drift,
+        files: files(&root, element),
     })
+}
+
+/// The files named by the metadata and by disks and consoles.
+fn files(root: &Element, metadata: &Element) -> Vec<PathBuf> {
+    let disks = root
+        .find("devices")
+        .into_iter()
+        .flat_map(|devices| devices.all("disk"))
+        .filter_map(|disk| disk.find("source")?.attribute("file").map(PathBuf::from));
+    let consoles = root
+        .find("devices")
+        .into_iter()
+        .flat_map(|devices| devices.all("serial"))
+        .filter_map(|serial| serial.find("source")?.attribute("path").map(PathBuf::from));
+    metadata::disk(metadata)
+        .into_iter()
+        .chain(disks)
+        .chain(consoles)
+        .collect()
 }
 
 fn drift(root: &Element, name: &str, expected: &metadata::Metadata) -> Vec<String> {

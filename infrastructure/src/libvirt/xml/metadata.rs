@@ -153,6 +153,11 @@ pub(crate) fn id(vm: &Element) -> Option<VmId> {
     vm.attribute("id")?.parse().ok()
 }
 
+/// Reads the disk alone, likewise.
+pub(crate) fn disk(vm: &Element) -> Option<PathBuf> {
+    Some(PathBuf::from(decode(one(vm, "disk")?.attribute("file")?)?))
+}
+
 /// Reads the element; `None` where anything that we always write is missing or malformed.
 pub(crate) fn read(vm: &Element) -> Option<Metadata> {
     let spec = one(vm, "spec")?;

@@ -87,6 +87,19 @@ fn rebuilt(vm: &Vm) -> Vm {
 }
 
 #[test]
+fn a_domain_belongs_to_the_agent_whose_folder_it_lies_in() {
+    let xml = rendered(&definition()).to_xml().unwrap();
+    let belongs = |xml: &str, folder: &str| parse_domain(xml).unwrap().lies_in(Path::new(folder));
+    assert!(belongs(&xml, "/var/lib/ghost"));
+    assert!(!belongs(&xml, "/var/lib/ghost-other"));
+    assert!(!belongs(&xml, "/var/lib/gho"));
+    // Damaged metadata or another disk do not make it a stranger.
+    let damaged = xml.replace("generation=", "degeneration=");
+    assert!(parse_domain(&damaged).unwrap().record.is_none());
+    assert!(belongs(&damaged, "/var/lib/ghost"));
+}
+
+#[test]
 fn the_document_is_what_we_mean() {
     insta::assert_snapshot!(rendered(&definition()).to_xml().unwrap());
 }
