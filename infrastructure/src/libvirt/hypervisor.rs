@@ -19,6 +19,7 @@ use super::LibvirtOptions;
 use super::core::Core;
 use super::ffi::{self, Guarded};
 use super::link::LinkState;
+use super::networks::LibvirtNetworks;
 use super::session::{Session, is};
 use super::state;
 use super::xml::domain_xml;
@@ -62,8 +63,9 @@ impl LibvirtHypervisor {
         self.core.link.connection().map(drop)
     }
 
-    pub(super) const fn core(&self) -> &Arc<Core> {
-        &self.core
+    /// The networks behind the same connection.
+    pub fn networks(&self) -> LibvirtNetworks {
+        LibvirtNetworks::new(Arc::clone(&self.core))
     }
 }
 

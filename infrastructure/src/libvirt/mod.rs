@@ -23,6 +23,7 @@ mod ffi;
 mod hypervisor;
 mod kvm;
 mod link;
+mod networks;
 pub(crate) mod pool;
 mod session;
 mod state;
@@ -34,6 +35,7 @@ use std::time::Duration;
 
 pub use self::hypervisor::LibvirtHypervisor;
 pub use self::kvm::prove_kvm;
+pub use self::networks::LibvirtNetworks;
 pub use self::xml::METADATA_NAMESPACE;
 
 /// How guests are to be executed.

@@ -6,6 +6,7 @@ mod network;
 mod tree;
 
 pub(crate) use domain::{DomainProfile, Parsed, domain_xml, parse_domain};
+pub(crate) use network::{NetworkPlan, ParsedNetwork, network_xml, parse_network, prefix_mask};
 pub(crate) use tree::Element;
 
 /// The namespace of our metadata element in domains and networks.

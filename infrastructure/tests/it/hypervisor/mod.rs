@@ -2,5 +2,6 @@
 
 mod contract;
 mod libvirt;
+mod networks;
 mod simulated;
 mod support;
