@@ -5,3 +5,4 @@ pub mod images;
 pub mod libvirt;
 pub mod simulated;
 pub mod vm_storage;
+pub mod store;

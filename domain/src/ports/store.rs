@@ -96,6 +96,13 @@ pub trait StateStore: Send + Sync {
     /// How it fares.
     async fn health(&self) -> StoreHealth;
 
+    /// Says that what [`StoreContents::damage`] reported has been dealt with: libvirt and the disks
+    /// were asked and the records agree with them. Until then every `load`, also after a restart,
+    /// reports the damage again.
+    async fn damage_resolved(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Writes a checksummed export beside the store, keeping the newest three.
     async fn export(&self) -> Result<()>;
 
