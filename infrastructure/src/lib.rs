@@ -4,5 +4,5 @@ pub mod identity;
 pub mod images;
 pub mod libvirt;
 pub mod simulated;
-pub mod vm_storage;
 pub mod store;
+pub mod vm_storage;

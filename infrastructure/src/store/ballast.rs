@@ -42,8 +42,8 @@ impl Ballast {
             return;
         }
         let directory = self.path.parent().unwrap_or(Path::new("/"));
-        let roomy = files::free_bytes(directory)
-            .is_ok_and(|free| free >= self.bytes.saturating_mul(2));
+        let roomy =
+            files::free_bytes(directory).is_ok_and(|free| free >= self.bytes.saturating_mul(2));
         if roomy && let Err(error) = self.create() {
             tracing::warn!(%error, "cannot set up the state store's reserve");
             let _ = files::remove(&self.path);

@@ -110,7 +110,10 @@ mod tests {
     #[test]
     fn a_value_under_a_foreign_key_is_damage() {
         let bytes = seal(&Key::boot_id(), 7, b"payload");
-        assert!(matches!(open(&Key::manifest(), &bytes), Err(Fault::Damaged(_))));
+        assert!(matches!(
+            open(&Key::manifest(), &bytes),
+            Err(Fault::Damaged(_))
+        ));
     }
 
     proptest! {

@@ -60,7 +60,10 @@ impl Fault {
     pub(super) fn into_open_error(self, directory: &Path) -> Error {
         let error = Error::new(
             ErrorCode::StoreUnavailable,
-            format!("the state store in {} cannot be opened", directory.display()),
+            format!(
+                "the state store in {} cannot be opened",
+                directory.display()
+            ),
         )
         .because(&self);
         match self {

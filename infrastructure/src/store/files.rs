@@ -61,7 +61,10 @@ impl Layout {
 
 /// Makes `path` a directory of ours, durable with its name; one that exists gets our mode.
 pub(super) fn make_directory(path: &Path) -> io::Result<()> {
-    if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+    if let Some(parent) = path
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty())
+    {
         // Only the store's own directory is private: others beside it must stay reachable, such as
         // the VMs' disks for the QEMU user.
         fs::create_dir_all(parent)?;

@@ -141,7 +141,11 @@ impl fmt::Display for Key {
         };
         let identity = self.0.get(1..).unwrap_or_default();
         f.write_str(table.noun())?;
-        match (table, uuid::Uuid::from_slice(identity), std::str::from_utf8(identity)) {
+        match (
+            table,
+            uuid::Uuid::from_slice(identity),
+            std::str::from_utf8(identity),
+        ) {
             (Table::Image | Table::Setting, _, Ok(text)) => write!(f, " {}", text.escape_debug()),
             (Table::System, ..) => write!(f, " {}", hex::encode(identity)),
             (_, Ok(id), _) => write!(f, " {id}"),

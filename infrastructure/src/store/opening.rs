@@ -201,7 +201,9 @@ fn examine(options: &StoreOptions, layout: &Layout, reading: Reading) -> Result<
     let (engine, contents) = match opened {
         Ok(opened) => opened,
         Err(Fault::Damaged(why)) => {
-            return Ok(Finding::Lost(format!("the {kind} state is damaged ({why})")));
+            return Ok(Finding::Lost(format!(
+                "the {kind} state is damaged ({why})"
+            )));
         }
         Err(other) => return Err(other),
     };
@@ -211,18 +213,26 @@ fn examine(options: &StoreOptions, layout: &Layout, reading: Reading) -> Result<
         .take_while(|file| file.sequence > found.sequence)
         .find_map(|file| Some(export::read(&file.path).ok()?.mark.sequence));
     if let Some(newer) = newer_export {
-        return Ok(Finding::Lost(rolled_back(found.sequence, newer, "an export")));
+        return Ok(Finding::Lost(rolled_back(
+            found.sequence,
+            newer,
+            "an export",
+        )));
     }
     let mut oddity = None;
     let mut unacknowledged = false;
     match reading {
         Reading::Missing => {
             if found.sequence > 1 || found.count > 0 {
-                oddity = Some("the sidecar file is missing, so that an older copy of the store would not be noticed");
+                oddity = Some(
+                    "the sidecar file is missing, so that an older copy of the store would not be noticed",
+                );
             }
         }
         Reading::Damaged => {
-            oddity = Some("the sidecar file is damaged, so that an older copy of the store would not be noticed");
+            oddity = Some(
+                "the sidecar file is damaged, so that an older copy of the store would not be noticed",
+            );
         }
         Reading::Clean(mark) | Reading::Suspicious(mark) => {
             if mark.store != found.store {
@@ -241,7 +251,9 @@ fn examine(options: &StoreOptions, layout: &Layout, reading: Reading) -> Result<
                 ));
             }
             if matches!(reading, Reading::Suspicious(_)) {
-                oddity = Some("a part of the sidecar file is damaged, so that an older copy of the store might not be noticed");
+                oddity = Some(
+                    "a part of the sidecar file is damaged, so that an older copy of the store might not be noticed",
+                );
             } else if found.sequence > mark.sequence {
                 if contents.manifest.base != mark.sequence {
                     oddity = Some("the sidecar file is older than the state");
@@ -283,7 +295,10 @@ fn settle(options: &StoreOptions, layout: &Layout, sound: Sound) -> Result<Estab
         oddity,
     } = sound;
     if let Some(oddity) = oddity {
-        note_damage(layout, &format!("{oddity}; the records themselves are whole"))?;
+        note_damage(
+            layout,
+            &format!("{oddity}; the records themselves are whole"),
+        )?;
     }
     let mut manifest = contents.manifest;
     let mut records = contents.records.clone();
@@ -482,7 +497,9 @@ pub(super) fn install(
     if contents.manifest == *manifest {
         Ok(engine)
     } else {
-        Err(Fault::Io("what was just written reads back differently".into()))
+        Err(Fault::Io(
+            "what was just written reads back differently".into(),
+        ))
     }
 }
 

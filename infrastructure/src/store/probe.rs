@@ -236,7 +236,9 @@ fn run_helper(helper: &Helper, directory: &Path, limit: Duration) -> Result<(), 
             tracing::warn!(program = %helper.program.display(), "the store's helper said nothing; opening directly");
             Ok(())
         }
-        (Some(status), _) => Err(Fault::Damaged(format!("opening it on trial ended with {status}"))),
+        (Some(status), _) => Err(Fault::Damaged(format!(
+            "opening it on trial ended with {status}"
+        ))),
         (None, _) => Err(Fault::Damaged(format!(
             "opening it on trial took more than {} s",
             limit.as_secs()

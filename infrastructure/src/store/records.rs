@@ -160,12 +160,15 @@ impl Manifest {
     }
 }
 
+/// A record as it is to be: `None` where it is not.
+type Effect = (Key, Option<Arc<[u8]>>);
+
 /// All that an engine holds, verified.
 #[derive(Clone, Debug)]
 pub(super) struct Contents {
     pub(super) manifest: Manifest,
     pub(super) records: Records,
-    undo: BTreeMap<u32, (Key, Option<Arc<[u8]>>)>,
+    undo: BTreeMap<u32, Effect>,
 }
 
 impl Contents {
@@ -275,7 +278,7 @@ pub(super) struct Batch {
     /// For the engine.
     pub(super) pairs: Vec<Pair>,
     /// For the records in memory, once it is acknowledged.
-    pub(super) effects: Vec<(Key, Option<Arc<[u8]>>)>,
+    pub(super) effects: Vec<Effect>,
     /// The manifest that is part of it.
     pub(super) manifest: Manifest,
 }

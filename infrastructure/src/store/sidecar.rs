@@ -92,7 +92,11 @@ impl Sidecar {
     pub(super) fn write(&mut self, mark: Mark) -> io::Result<()> {
         let generation = self.generation + 1;
         let slot = encode(generation, mark);
-        let at = if generation.is_multiple_of(2) { STRIDE } else { 0 };
+        let at = if generation.is_multiple_of(2) {
+            STRIDE
+        } else {
+            0
+        };
         self.file.write_all_at(&slot, at as u64)?;
         self.generation = generation;
         Ok(())
@@ -105,7 +109,11 @@ impl Sidecar {
 }
 
 fn place(bytes: &mut [u8], generation: u64, mark: Mark) {
-    let at = if generation.is_multiple_of(2) { STRIDE } else { 0 };
+    let at = if generation.is_multiple_of(2) {
+        STRIDE
+    } else {
+        0
+    };
     if let Some(slot) = bytes.get_mut(at..at + SLOT) {
         slot.copy_from_slice(&encode(generation, mark));
     }
@@ -210,7 +218,10 @@ mod tests {
         for sequence in 2..9 {
             sidecar.write(mark(sequence)).unwrap();
             sidecar.sync().unwrap();
-            assert_eq!(Sidecar::read(&path).unwrap(), Reading::Clean(mark(sequence)));
+            assert_eq!(
+                Sidecar::read(&path).unwrap(),
+                Reading::Clean(mark(sequence))
+            );
             sidecar = Sidecar::open(&path).unwrap();
         }
         assert_eq!(std::fs::metadata(&path).unwrap().len(), FILE as u64);
@@ -225,7 +236,10 @@ mod tests {
             sidecar.write(mark(sequence)).unwrap();
         }
         let whole = std::fs::read(&path).unwrap();
-        for at in (0..SLOT).chain(STRIDE..STRIDE + SLOT).chain([100, FILE - 1]) {
+        for at in (0..SLOT)
+            .chain(STRIDE..STRIDE + SLOT)
+            .chain([100, FILE - 1])
+        {
             let mut bytes = whole.clone();
             bytes[at] ^= 0x10;
             let (reading, _) = interpret(&bytes).unwrap();
@@ -242,7 +256,10 @@ mod tests {
         for slot in [0, STRIDE] {
             let mut bytes = whole.clone();
             bytes[slot..slot + STRIDE].fill(0);
-            assert!(matches!(interpret(&bytes), Some((Reading::Suspicious(_), _))));
+            assert!(matches!(
+                interpret(&bytes),
+                Some((Reading::Suspicious(_), _))
+            ));
         }
     }
 }

@@ -122,9 +122,9 @@ impl Status {
             engine: engine.as_str().to_owned(),
             writable: problem.is_none(),
             problem: problem.or_else(|| {
-                parts.on_reserve.then(|| {
-                    "there is no room for the store's reserve; free space".to_owned()
-                })
+                parts
+                    .on_reserve
+                    .then(|| "there is no room for the store's reserve; free space".to_owned())
             }),
             disk_bytes: parts.disk_bytes,
             commits: parts.commits,

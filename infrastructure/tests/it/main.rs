@@ -11,4 +11,5 @@
 mod hypervisor;
 mod identity;
 mod images;
+mod store;
 mod vm_storage;

@@ -126,9 +126,7 @@ pub(super) fn detect(directory: &Path) -> Option<Engine> {
 
 /// Runs `work`, turning a panic into an error. The engines panic on damage and on I/O errors that
 /// they did not expect; whatever they held is dropped by the unwinding and never used again.
-pub(super) fn guard<T>(
-    work: impl FnOnce() -> Result<T, Fault>,
-) -> Result<T, Fault> {
+pub(super) fn guard<T>(work: impl FnOnce() -> Result<T, Fault>) -> Result<T, Fault> {
     catch_unwind(AssertUnwindSafe(work))
         .unwrap_or_else(|panic| Err(Fault::Damaged(panic_text(&*panic))))
 }

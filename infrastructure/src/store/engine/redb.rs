@@ -50,8 +50,13 @@ impl Redb {
 
 impl KeyValueEngine for Redb {
     fn scan(&self, visit: &mut dyn FnMut(&[u8], &[u8])) -> Result<(), Fault> {
-        let transaction = self.database.begin_read().map_err(|error| convert(error.into()))?;
-        let table = transaction.open_table(TABLE).map_err(|error| convert(error.into()))?;
+        let transaction = self
+            .database
+            .begin_read()
+            .map_err(|error| convert(error.into()))?;
+        let table = transaction
+            .open_table(TABLE)
+            .map_err(|error| convert(error.into()))?;
         for pair in table.iter().map_err(|error| convert(error.into()))? {
             let (key, value) = pair.map_err(|error| convert(error.into()))?;
             visit(key.value(), value.value());
@@ -61,7 +66,10 @@ impl KeyValueEngine for Redb {
 
     fn commit(&mut self, batch: &[Pair], steps: &dyn Steps) -> Result<(), Fault> {
         step(steps, Step::Apply)?;
-        let transaction = self.database.begin_write().map_err(|error| convert(error.into()))?;
+        let transaction = self
+            .database
+            .begin_write()
+            .map_err(|error| convert(error.into()))?;
         {
             let mut table = transaction
                 .open_table(TABLE)
@@ -75,7 +83,9 @@ impl KeyValueEngine for Redb {
             }
         }
         step(steps, Step::Sync)?;
-        transaction.commit().map_err(|error| convert(error.into()))?;
+        transaction
+            .commit()
+            .map_err(|error| convert(error.into()))?;
         steps.done(Step::Sync);
         Ok(())
     }

@@ -49,7 +49,9 @@ pub(super) fn encode_change(change: &Change) -> Result<Write> {
         C::DeleteOperation(id) => (Key::operation(*id), None),
         C::PutImage(image) => put(Key::image(&image.name), &image::ImageRow::from(image))?,
         C::DeleteImage(name) => (Key::image(name), None),
-        C::PutCertificate(row) => put(Key::certificate(row.id), &access::CertificateRow::from(row))?,
+        C::PutCertificate(row) => {
+            put(Key::certificate(row.id), &access::CertificateRow::from(row))?
+        }
         C::DeleteCertificate(id) => (Key::certificate(*id), None),
         C::PutApiKey(row) => put(Key::api_key(row.id), &access::ApiKeyRow::from(row))?,
         C::DeleteApiKey(id) => (Key::api_key(*id), None),
@@ -80,28 +82,34 @@ fn put<T: Serialize>(key: Key, row: &T) -> Result<Write> {
 /// # Errors
 /// What could not be understood, as a sentence fragment. The record's checksum was right, so this
 /// is not damage: another version of the agent wrote it.
-pub(super) fn decode_into(contents: &mut StoreContents, key: &Key, row: &[u8]) -> Result<(), String> {
-    let decoded = match key.table() {
-        Some(Table::Vm) => from_cbor::<vm::VmRow, _>(row).map(|vm| contents.vms.push(vm)),
-        Some(Table::Operation) => {
-            from_cbor::<operation::OperationRow, _>(row).map(|row| contents.operations.push(row))
-        }
-        Some(Table::Image) => {
-            from_cbor::<image::ImageRow, _>(row).map(|row| contents.images.push(row))
-        }
-        Some(Table::Certificate) => {
-            from_cbor::<access::CertificateRow, _>(row).map(|row| contents.certificates.push(row))
-        }
-        Some(Table::ApiKey) => {
-            from_cbor::<access::ApiKeyRow, _>(row).map(|row| contents.api_keys.push(row))
-        }
-        Some(Table::JoinToken) => {
-            from_cbor::<access::JoinTokenRow, _>(row).map(|row| contents.join_tokens.push(row))
-        }
-        Some(Table::Setting) if *key == Key::boot_id() => from_cbor::<String, String>(row)
-            .map(|boot_id| contents.boot_id = Some(boot_id)),
-        Some(Table::System | Table::Setting) | None => Err("this version knows no such record".into()),
-    };
+pub(super) fn decode_into(
+    contents: &mut StoreContents,
+    key: &Key,
+    row: &[u8],
+) -> Result<(), String> {
+    let decoded =
+        match key.table() {
+            Some(Table::Vm) => from_cbor::<vm::VmRow, _>(row).map(|vm| contents.vms.push(vm)),
+            Some(Table::Operation) => from_cbor::<operation::OperationRow, _>(row)
+                .map(|row| contents.operations.push(row)),
+            Some(Table::Image) => {
+                from_cbor::<image::ImageRow, _>(row).map(|row| contents.images.push(row))
+            }
+            Some(Table::Certificate) => from_cbor::<access::CertificateRow, _>(row)
+                .map(|row| contents.certificates.push(row)),
+            Some(Table::ApiKey) => {
+                from_cbor::<access::ApiKeyRow, _>(row).map(|row| contents.api_keys.push(row))
+            }
+            Some(Table::JoinToken) => {
+                from_cbor::<access::JoinTokenRow, _>(row).map(|row| contents.join_tokens.push(row))
+            }
+            Some(Table::Setting) if *key == Key::boot_id() => {
+                from_cbor::<String, String>(row).map(|boot_id| contents.boot_id = Some(boot_id))
+            }
+            Some(Table::System | Table::Setting) | None => {
+                Err("this version knows no such record".into())
+            }
+        };
     decoded.map_err(|why| format!("the record of {key}: {why}"))
 }
 

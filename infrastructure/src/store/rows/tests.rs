@@ -68,8 +68,11 @@ fn checksum() -> impl Strategy<Value = Checksum> {
     prop_oneof![
         any::<[u8; 32]>()
             .prop_map(|bytes| Checksum::new(ChecksumAlgorithm::Sha256, bytes.into()).unwrap()),
-        proptest::collection::vec(any::<u8>(), 64)
-            .prop_map(|bytes| Checksum::new(ChecksumAlgorithm::Sha512, bytes).unwrap()),
+        proptest::collection::vec(any::<u8>(), 64).prop_map(|bytes| Checksum::new(
+            ChecksumAlgorithm::Sha512,
+            bytes
+        )
+        .unwrap()),
     ]
 }
 
@@ -224,25 +227,27 @@ fn error() -> impl Strategy<Value = Error> {
         proptest::collection::vec((text(), text()), 0..3),
         option::of(uuid()),
     )
-        .prop_map(|(code, message, cause, hint, retry, violations, operation)| {
-            let mut error = Error::new(code, message);
-            if let Some(cause) = cause {
-                error = error.because(cause);
-            }
-            if let Some(hint) = hint {
-                error = error.hint(hint);
-            }
-            if let Some(retry) = retry {
-                error = error.retry_after(retry);
-            }
-            for (field, description) in violations {
-                error = error.field(field, description);
-            }
-            if let Some(operation) = operation {
-                error = error.of_operation(OperationId::from_uuid(operation));
-            }
-            error
-        })
+        .prop_map(
+            |(code, message, cause, hint, retry, violations, operation)| {
+                let mut error = Error::new(code, message);
+                if let Some(cause) = cause {
+                    error = error.because(cause);
+                }
+                if let Some(hint) = hint {
+                    error = error.hint(hint);
+                }
+                if let Some(retry) = retry {
+                    error = error.retry_after(retry);
+                }
+                for (field, description) in violations {
+                    error = error.field(field, description);
+                }
+                if let Some(operation) = operation {
+                    error = error.of_operation(OperationId::from_uuid(operation));
+                }
+                error
+            },
+        )
 }
 
 fn operation() -> impl Strategy<Value = Operation> {
@@ -342,7 +347,11 @@ fn certificate() -> impl Strategy<Value = Certificate> {
 fn api_key() -> impl Strategy<Value = ApiKey> {
     (
         (uuid(), text(), role(), any::<[u8; 32]>()),
-        (timestamp(), option::of(timestamp()), option::of(timestamp())),
+        (
+            timestamp(),
+            option::of(timestamp()),
+            option::of(timestamp()),
+        ),
     )
         .prop_map(|((id, name, role, secret_hash), times)| ApiKey {
             id: CredentialId::from_uuid(id),

@@ -202,9 +202,10 @@ impl From<&VmSpec> for SpecRow {
 impl TryFromRow<SpecRow> for VmSpec {
     fn try_from_row(row: SpecRow) -> Result<Self> {
         let content = match row.content {
-            Some((digest, format)) => {
-                Some((ImageDigest::from_bytes(digest.array()?), ImageFormat::from(format)))
-            }
+            Some((digest, format)) => Some((
+                ImageDigest::from_bytes(digest.array()?),
+                ImageFormat::from(format),
+            )),
             None => None,
         };
         Ok(Self {
