@@ -276,11 +276,13 @@ impl Drop for Core {
 }
 
 impl LinkObserver for Core {
-    fn connected(&self) {
+    fn connecting(&self) {
         let mut known = self.known();
         known.epoch += 1;
         known.parsed.clear();
-        drop(known);
+    }
+
+    fn connected(&self) {
         self.tell(HypervisorEvent::Connected);
     }
 

@@ -63,7 +63,9 @@ impl Connection {
 
 /// What listens to the link.
 pub(crate) trait LinkObserver: Send + Sync {
-    /// A connection stands; called before anybody can use it.
+    /// A connection stands, and nobody can use it yet.
+    fn connecting(&self);
+    /// It can be used.
     fn connected(&self);
     /// It is lost.
     fn disconnected(&self, reason: &str);
@@ -347,6 +349,9 @@ impl Link {
         observer: &Weak<dyn LinkObserver>,
     ) -> Option<String> {
         let generation = connection.generation;
+        if let Some(observer) = observer.upgrade() {
+            observer.connecting();
+        }
         {
             let mut inner = self.lock();
             if inner
@@ -359,10 +364,12 @@ impl Link {
             inner.connection = Some(Arc::clone(connection));
         }
         tracing::info!(uri = %self.uri, "connected to libvirt");
+        // The state goes first: whoever hears that libvirt is there calls at once, and a call ends
+        // when the state says that it is not.
+        self.state.send_replace(LinkState::Up { generation });
         if let Some(observer) = observer.upgrade() {
             observer.connected();
         }
-        self.state.send_replace(LinkState::Up { generation });
 
         let (beat, beats) = mpsc::channel();
         let probed = Arc::clone(connection);

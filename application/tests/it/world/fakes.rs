@@ -661,11 +661,6 @@ impl StateStore for Fake {
         }
     }
 
-    async fn damage_resolved(&self) -> Result<()> {
-        self.world.survivors.lock().store.damage = None;
-        Ok(())
-    }
-
     async fn export(&self) -> Result<()> {
         Ok(())
     }

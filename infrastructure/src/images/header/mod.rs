@@ -15,8 +15,6 @@
 
 mod foreign;
 mod qcow2;
-#[cfg(test)]
-mod tests;
 
 use std::fs::File;
 use std::io;

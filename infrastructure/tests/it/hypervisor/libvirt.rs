@@ -2,11 +2,13 @@
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use ghost_domain::VmId;
 use ghost_domain::ports::Hypervisor;
 use ghost_infrastructure::libvirt::{LibvirtHypervisor, LibvirtOptions};
+use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use virt::connect::Connect;
 use virt::sys;
@@ -39,6 +41,30 @@ impl Libvirt {
             test_driver: uri.starts_with("test:"),
             guests: Mutex::default(),
         }
+    }
+
+    /// The same with another deadline for calls.
+    pub(crate) async fn with_deadline(mut self, deadline: Duration) -> Self {
+        self.hypervisor = LibvirtHypervisor::start(LibvirtOptions {
+            call_deadline: deadline,
+            ..LibvirtOptions::default()
+        })
+        .unwrap();
+        self.hypervisor.connected(PATIENCE).await.unwrap();
+        self
+    }
+
+    /// Sends a signal to a VM's QEMU.
+    pub(crate) fn signal(&self, id: VmId, signal: Signal) {
+        let name = self
+            .outsider
+            .lookup_domain_by_uuid(id.uuid())
+            .unwrap()
+            .name()
+            .unwrap();
+        let pid = std::fs::read_to_string(format!("/run/libvirt/qemu/{name}.pid")).unwrap();
+        let pid = Pid::from_raw(pid.trim().parse().unwrap()).unwrap();
+        kill_process(pid, signal).unwrap();
     }
 }
 
@@ -103,12 +129,7 @@ impl Subject for Libvirt {
                     .push(DomainGuard::new(Arc::clone(&self.outsider), id));
                 self.outsider.define_domain_xml(&xml).unwrap();
             }
-            Meddling::Crash(id) => {
-                let name = find(id).name().unwrap();
-                let pid = std::fs::read_to_string(format!("/run/libvirt/qemu/{name}.pid")).unwrap();
-                let pid = rustix::process::Pid::from_raw(pid.trim().parse().unwrap()).unwrap();
-                rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
-            }
+            Meddling::Crash(id) => self.signal(id, Signal::KILL),
         }
     }
 }
