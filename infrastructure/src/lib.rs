@@ -1,5 +1,7 @@
 //! Adapters of the ports in `ghost_domain::ports`, one module for each part of the outside world.
 
+pub mod clock;
+pub mod host;
 pub mod identity;
 pub mod images;
 pub mod libvirt;

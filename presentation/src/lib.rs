@@ -10,13 +10,16 @@
 //!   that the composition root gives;
 //! - no input ends the process, and none is believed in size or time.
 
+mod access;
 mod connection;
 pub mod convert;
 pub mod grpc;
 pub mod http;
 pub mod metrics;
+mod request;
 mod socket;
 
+pub use access::{Access, Shape};
 pub use connection::{CertificateReader, ConnectionLimits, Listener, PeerCertificate};
 pub use socket::{LocalSocket, SOCKET_GROUP};
 

@@ -157,6 +157,15 @@ impl Supervisor {
     async fn connected(&self, first: &mut bool) {
         match sync::full(self).await {
             Ok(()) => {
+                if self.registry.read(|model| model.recovering) {
+                    sync::recover_images(self).await;
+                    if let Err(error) = self.ports.store.damage_resolved().await {
+                        tracing::warn!(%error, "the store will report its damage again");
+                    }
+                }
+                if *first {
+                    sync::report_strays(self).await;
+                }
                 let back = self.registry.observe(|model| {
                     let back = !model.link.connected;
                     model.link.connected = true;

@@ -2,9 +2,12 @@
 
 use std::collections::HashMap;
 
-use ghost_domain::ports::{Change, DomainSnapshot};
+use ghost_domain::ports::{CachedContent, Change, DomainSnapshot};
 use ghost_domain::vm::{DesiredPower, Lifecycle, ObservedPower, Vm};
-use ghost_domain::{EventKind, Image, ImageOrigin, OperationKind, OperationStatus, Result, VmId};
+use ghost_domain::{
+    EventKind, Image, ImageName, ImageOrigin, OperationKind, OperationStatus, Result, Timestamp,
+    VmId,
+};
 
 use super::{Supervisor, absent};
 use crate::application::Ports;
@@ -169,16 +172,7 @@ async fn adopt(supervisor: &Supervisor, strangers: Vec<DomainSnapshot>) {
                 let image = vm.spec.image.name.clone();
                 // The image's name is in the metadata: its record is rebuilt with it.
                 if let Some(content) = content.filter(|_| !model.images.contains_key(&image)) {
-                    changes.push(Change::PutImage(Image {
-                        name: image,
-                        digest: content.digest,
-                        format: content.format,
-                        virtual_size: content.virtual_size,
-                        file_size: content.file_size,
-                        origin: ImageOrigin::Imported { file_name: "recovered from the cache".into() },
-                        created_at: now,
-                        last_used_at: now,
-                    }));
+                    changes.push(Change::PutImage(recovered_image(image, &content, now)));
                 }
                 changes.push(Change::PutVm(Box::new(vm)));
                 Ok(Decision::of(true, changes).notice(EventKind::VmAdded { adopted: true }, Some(id), name))
@@ -190,6 +184,72 @@ async fn adopt(supervisor: &Supervisor, strangers: Vec<DomainSnapshot>) {
             Err(error) => tracing::error!(vm = %id, %error, "cannot record an adopted VM"),
         }
     }
+}
+
+/// Gives files of the cache that no record names a name again, after records were lost. Those of
+/// adopted VMs got theirs from the VMs' metadata.
+pub(super) async fn recover_images(supervisor: &Supervisor) {
+    let contents = match supervisor.ports.images.list().await {
+        Ok(contents) => contents,
+        Err(error) => {
+            tracing::warn!(%error, "the image cache cannot be looked at");
+            return;
+        }
+    };
+    let now = supervisor.registry.clock().now();
+    let recovered = supervisor
+        .registry
+        .transact(move |model: &Model| {
+            let mut changes = Vec::new();
+            for content in contents {
+                let named = model
+                    .images
+                    .values()
+                    .any(|image| image.digest == content.digest);
+                let digest: String = content.digest.to_string().chars().take(12).collect();
+                let name = ImageName::new(format!("recovered-{digest}"))?;
+                if !named {
+                    changes.push(Change::PutImage(recovered_image(name, &content, now)));
+                }
+            }
+            Ok(Decision::of((), changes))
+        })
+        .await;
+    if let Err(error) = recovered {
+        tracing::warn!(%error, "images cannot be recorded anew");
+    }
+}
+
+fn recovered_image(name: ImageName, content: &CachedContent, now: Timestamp) -> Image {
+    Image {
+        name,
+        digest: content.digest,
+        format: content.format,
+        virtual_size: content.virtual_size,
+        file_size: content.file_size,
+        origin: ImageOrigin::Imported {
+            file_name: "recovered from the cache".into(),
+        },
+        created_at: now,
+        last_used_at: now,
+    }
+}
+
+/// Tells of folders that belong to no record. They are left alone: a person decides.
+pub(super) async fn report_strays(supervisor: &Supervisor) {
+    let Ok(folders) = supervisor.ports.storage.list().await else {
+        return;
+    };
+    supervisor.registry.observe(|model| {
+        for folder in folders {
+            if !model.vms.contains_key(&folder) {
+                tracing::warn!(vm = %folder, "a VM's folder has neither record nor domain; it is left alone");
+                model.warnings.push(format!(
+                    "the folder vms/{folder} belongs to no VM: look at it, and remove it if nothing in it is needed"
+                ));
+            }
+        }
+    });
 }
 
 /// Whether an operation of ours removed the VM (or undid its making) after the look at libvirt was

@@ -222,7 +222,32 @@ async fn a_lost_store_is_rebuilt_from_libvirt_without_touching_vms() {
             .iter()
             .any(|warning| warning.contains("damaged and rebuilt"))
     );
+    assert!(
+        world.survivors.lock().store.damage.is_none(),
+        "the store was not told"
+    );
     world.audit();
+}
+
+#[tokio::test]
+async fn a_folder_without_a_vm_is_told_and_left_alone() {
+    let world = World::new();
+    let stray = ghost_domain::VmId::random();
+    world.survivors.lock().folders.insert(stray);
+    let agent = world.start().await;
+    let status = agent
+        .use_cases
+        .get_status
+        .execute(&Agent::me())
+        .await
+        .unwrap();
+    assert!(
+        status
+            .warnings
+            .iter()
+            .any(|warning| warning.contains(&stray.to_string()))
+    );
+    assert!(world.survivors.lock().folders.contains(&stray));
 }
 
 #[tokio::test]

@@ -138,7 +138,7 @@ impl ServerTls {
         )))
     }
 
-    /// For HTTP beyond loopback: callers prove themselves by key, not by certificate.
+    /// For HTTP/1.1 beyond loopback: callers prove themselves by key, not by certificate.
     ///
     /// # Errors
     /// `Internal` when rustls refuses the parts.
@@ -146,7 +146,7 @@ impl ServerTls {
         let builder = builder()?.with_no_client_auth();
         Ok(Arc::new(finish(
             builder.with_cert_resolver(Arc::clone(self) as _),
-            &[b"h2", b"http/1.1"],
+            &[b"http/1.1"],
         )))
     }
 

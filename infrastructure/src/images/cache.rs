@@ -82,6 +82,7 @@ impl ImageCacheOptions {
 }
 
 type Flight = Shared<BoxFuture<'static, Result<CachedContent>>>;
+type WeakFlight = WeakShared<BoxFuture<'static, Result<CachedContent>>>;
 
 /// [`ImageCache`] in a folder of the host.
 pub struct DirectoryImageCache {
@@ -94,15 +95,7 @@ struct Inner {
     options: ImageCacheOptions,
     qemu_img: QemuImg,
     downloader: Downloader,
-    flights: Mutex<
-        HashMap<
-            String,
-            (
-                WeakShared<BoxFuture<'static, Result<CachedContent>>>,
-                Arc<FanOut>,
-            ),
-        >,
-    >,
+    flights: Mutex<HashMap<String, (WeakFlight, Arc<FanOut>)>>,
     partials: Mutex<HashMap<PathBuf, Weak<tokio::sync::Mutex<()>>>>,
 }
 

@@ -180,3 +180,106 @@ impl ImageCatalogue for FileImageCatalogue {
             .cloned()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(text: &str) -> ImageName {
+        ImageName::new(text).unwrap()
+    }
+
+    #[test]
+    fn the_built_in_catalogue_is_sound() {
+        let catalogue = FileImageCatalogue::built_in().unwrap();
+        for (asked, found) in [
+            ("debian", "debian-13"),
+            ("debian-12", "debian-12"),
+            ("ubuntu-22.04", "ubuntu-22.04"),
+            ("noble", "ubuntu-24.04"),
+            ("ubuntu", "ubuntu-26.04"),
+            ("fedora", "fedora-44"),
+            ("alpine", "alpine-3.24"),
+            ("almalinux", "almalinux-10"),
+            ("almalinux-9", "almalinux-9"),
+        ] {
+            assert_eq!(
+                catalogue.find(&name(asked)).unwrap().name,
+                name(found),
+                "{asked}"
+            );
+        }
+        assert_eq!(catalogue.find(&name("windows")), None);
+        for entry in catalogue.entries() {
+            assert!(entry.url.starts_with("https://"), "{}", entry.url);
+            let ChecksumSource::Url { url, .. } = &entry.checksum else {
+                continue;
+            };
+            // The list lies with the publisher of the image, or it vouches for nothing.
+            let host = |url: &str| url.split('/').nth(2).map(str::to_owned);
+            assert_eq!(host(url), host(&entry.url), "{}", entry.name);
+        }
+    }
+
+    const OWN: &str = "images:
+  - name: debian-13
+    aliases: [ubuntu]
+    description: ours
+    url: https://mirror.example.org/debian.qcow2
+    checksum: {value: 'sha256:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa'}
+";
+
+    #[test]
+    fn the_owners_file_lies_over_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("images.yaml");
+        std::fs::write(&path, OWN).unwrap();
+        let catalogue = FileImageCatalogue::with_file(&path).unwrap();
+        assert_eq!(
+            catalogue.find(&name("debian-13")).unwrap().description,
+            "ours"
+        );
+        assert_eq!(catalogue.find(&name("ubuntu")).unwrap().description, "ours");
+        assert_eq!(
+            catalogue.find(&name("trixie")),
+            None,
+            "the replaced entry is gone whole"
+        );
+        assert!(catalogue.find(&name("resolute")).is_some());
+        assert_eq!(
+            catalogue.entries().len(),
+            FileImageCatalogue::built_in().unwrap().entries().len()
+        );
+        let missing = FileImageCatalogue::with_file(&folder.path().join("none"));
+        assert_eq!(missing.unwrap_err().code(), ErrorCode::IoFailed);
+    }
+
+    #[test]
+    fn faults_are_named() {
+        for (from, to, told) in [
+            ("name: debian-13", "nam: debian-13", "line 2"),
+            ("name: debian-13", "name: Debian", "\"Debian\""),
+            ("https://mirror", "http://mirror", "https"),
+            ("https://mirror", "file:///mirror", "not supported"),
+            ("value:", "url:", "address"),
+            ("'sha256:aaaa", "'sha256:a", "not a checksum"),
+            ("{value:", "{algorithm: sha256, value:", ""),
+            ("{value:", "{size: 1, value:", "line"),
+            ("aliases: [ubuntu]", "aliases: [debian-13]", "twice"),
+            ("description: ours", "", "line"),
+            ("images:", "pictures:", "line 1"),
+        ] {
+            let text = OWN.replacen(from, to, 1);
+            match FileImageCatalogue::parse(&text) {
+                Ok(_) => assert_eq!(told, "", "{to}"),
+                Err(error) => {
+                    assert_eq!(error.code(), ErrorCode::InvalidArgument);
+                    assert!(
+                        !told.is_empty() && error.to_string().contains(told),
+                        "{to}: {error}"
+                    );
+                }
+            }
+        }
+    }
+}

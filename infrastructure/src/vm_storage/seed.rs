@@ -7,9 +7,9 @@
 //! - `vendor-data`: ours, where a user or keys are asked for: `user: {…}` redefines the image's
 //!   default user (name, sudo). cloud-init merges vendor-data *below* user-data, and with a `user`
 //!   mapping in force it adds the default user to the caller's `users` list
-//!   (`normalize_users_groups` in cloud-init), so that both take effect. Only an explicit `user`
-//!   key in the caller's own cloud-config overrides ours: it says the same thing and is the
-//!   caller's.
+//!   (`normalize_users_groups` in cloud-init), so that both take effect, also where that list
+//!   leaves the default user out. Only a `user` mapping in the caller's own cloud-config overrides
+//!   ours, field by field: it says the same thing and is the caller's.
 //! - `user-data`: the caller's bytes, untouched. A MIME multipart around them would have changed
 //!   what a script or a template is given, and what a guest without cloud-init reads.
 //! - `network-config`: the caller's, or none: cloud-init then brings the first card up with DHCP

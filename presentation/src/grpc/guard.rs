@@ -12,7 +12,7 @@ use axum::http::{HeaderMap, HeaderValue, Request, Response};
 use bytes::Bytes;
 use futures::FutureExt;
 use ghost_application::UseCases;
-use ghost_domain::{Error, ErrorCode, Principal, PrincipalSource, RequestId, Result, Timestamp};
+use ghost_domain::{Error, ErrorCode, Principal, PrincipalSource, Result, Timestamp};
 use http_body::{Frame, SizeHint};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -22,15 +22,14 @@ use tonic::{Code, Status};
 use tower::{Layer, Service};
 use tracing::{Instrument, Span};
 
-use super::access::{self, Access, Method, Shape};
+use super::access::{self, Method};
 use super::services::Leash;
 use super::status::to_status;
 use crate::TraceParent;
+use crate::access::{Access, Shape};
 use crate::connection::{Peer, PeerCertificate};
 use crate::metrics::Recorder;
-
-/// The header with the caller's (or our) id of a request.
-pub(crate) const REQUEST_ID: &str = "x-request-id";
+use crate::request::{REQUEST_ID, request_id};
 
 /// Everything the guard needs.
 pub(crate) struct Watch {
@@ -285,18 +284,6 @@ async fn hold(
     }
 }
 
-/// The caller's id of the request where it is a sane one, or a new one.
-pub(crate) fn request_id(headers: &HeaderMap) -> String {
-    headers
-        .get(REQUEST_ID)
-        .and_then(|value| value.to_str().ok())
-        .and_then(|text| RequestId::new(text).ok())
-        .map_or_else(
-            || uuid::Uuid::new_v4().to_string(),
-            |id| id.as_str().to_owned(),
-        )
-}
-
 /// Gives errors that tonic made by itself (a body that does not decode, a message that is too
 /// large) the details that all of ours have.
 fn complete(response: &mut Response<Body>) {
@@ -448,27 +435,5 @@ pub(crate) const fn code_name(code: Code) -> &'static str {
         Code::Unavailable => "unavailable",
         Code::DataLoss => "data_loss",
         Code::Unauthenticated => "unauthenticated",
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_callers_request_id_is_kept_only_where_it_is_sane() {
-        let mut headers = HeaderMap::new();
-        assert!(uuid::Uuid::parse_str(&request_id(&headers)).is_ok());
-        headers.insert(REQUEST_ID, HeaderValue::from_static("abc-1"));
-        assert_eq!(request_id(&headers), "abc-1");
-        for bad in ["", "a b", "\u{e9}"] {
-            if let Ok(value) = HeaderValue::from_str(bad) {
-                headers.insert(REQUEST_ID, value);
-                assert!(
-                    uuid::Uuid::parse_str(&request_id(&headers)).is_ok(),
-                    "{bad:?}"
-                );
-            }
-        }
     }
 }

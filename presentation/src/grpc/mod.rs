@@ -35,8 +35,6 @@ use crate::convert::AgentInfo;
 use crate::metrics::Recorder;
 use guard::{GuardLayer, Watch};
 
-pub(crate) use guard::{REQUEST_ID, request_id};
-
 /// Most bytes of one message that is taken. An upload comes in pieces of 1 MiB.
 pub const MOST_MESSAGE: usize = 4 * 1024 * 1024;
 /// Most streams (calls) at once on one connection.

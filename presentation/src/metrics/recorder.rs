@@ -9,7 +9,7 @@ use ghost_domain::{EventKind, Principal};
 use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, Opts, Registry};
 use tokio_util::sync::CancellationToken;
 
-use crate::grpc::access::Shape;
+use crate::access::Shape;
 
 /// Latencies of calls: from a list out of memory to a call that waits for libvirt.
 const CALL_BUCKETS: &[f64] = &[

@@ -661,6 +661,11 @@ impl StateStore for Fake {
         }
     }
 
+    async fn damage_resolved(&self) -> Result<()> {
+        self.world.survivors.lock().store.damage = None;
+        Ok(())
+    }
+
     async fn export(&self) -> Result<()> {
         Ok(())
     }

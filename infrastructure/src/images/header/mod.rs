@@ -15,6 +15,8 @@
 
 mod foreign;
 mod qcow2;
+#[cfg(test)]
+mod tests;
 
 use std::fs::File;
 use std::io;

@@ -288,7 +288,7 @@ impl Qcow2Header {
         } else {
             16
         };
-        let covers = (1u64 << self.cluster_bits) / entry << self.cluster_bits;
+        let covers = ((1u64 << self.cluster_bits) / entry) << self.cluster_bits;
         if self.virtual_size.div_ceil(covers) > self.l1_bytes / 8 {
             return Err(malformed("its table is too small for its size"));
         }

@@ -1,0 +1,185 @@
+//! What stands before every route: who calls, whether that role may, how long it may take, and the
+//! traces and numbers that come out of it.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::extract::{MatchedPath, Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use futures::FutureExt;
+use ghost_domain::{Error, ErrorCode, Principal, Result, Secret};
+use tracing::{Instrument, Span};
+
+use super::Shell;
+use super::problem::Failure;
+use super::routes::{self, Route};
+use crate::access::{Access, Shape};
+use crate::request::{REQUEST_ID, request_id};
+
+/// The other header that a key may come in.
+const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
+
+/// The middleware.
+pub(super) async fn guard(
+    State(shell): State<Arc<Shell>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let begun = Instant::now();
+    let id = request_id(request.headers());
+    let verb = known_method(request.method().as_str());
+    let route = request
+        .extensions()
+        .get::<MatchedPath>()
+        .and_then(|path| routes::route(request.method(), path.as_str()));
+    // Unknown paths share one name: what strangers send must not become label values.
+    let path = route.map_or("unknown", |route| route.path);
+    let span = tracing::info_span!(
+        "http",
+        otel.kind = "server",
+        http.request.method = verb,
+        http.route = path,
+        request_id = %id,
+        principal = tracing::field::Empty,
+        role = tracing::field::Empty,
+        http.response.status_code = tracing::field::Empty,
+    );
+    if let Some(trace) = &shell.options.trace {
+        trace(request.headers(), &span);
+    }
+    let within = span.clone();
+    async move {
+        let mut response = pass(&shell, route, request, next)
+            .await
+            .unwrap_or_else(|error| Failure(error).into_response());
+        let headers = response.headers_mut();
+        if let Ok(value) = HeaderValue::from_str(&id) {
+            headers.insert(REQUEST_ID, value);
+        }
+        headers.insert(
+            header::X_CONTENT_TYPE_OPTIONS,
+            HeaderValue::from_static("nosniff"),
+        );
+        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        let status = response.status().as_u16();
+        within.record("http.response.status_code", status);
+        let took = begun.elapsed();
+        shell.recorder.http(verb, path, status, took);
+        tracing::debug!(
+            status,
+            took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
+            "answered"
+        );
+        response
+    }
+    .instrument(span)
+    .await
+}
+
+async fn pass(
+    shell: &Arc<Shell>,
+    route: Option<&'static Route>,
+    mut request: Request,
+    next: Next,
+) -> Result<Response> {
+    let Some(route) = route else {
+        return Err(Error::new(ErrorCode::NotFound, "there is no such route")
+            .hint("see /v1/openapi.json for those there are"));
+    };
+    if let Access::Role(role) = route.access {
+        let principal = authenticate(shell, request.headers()).await?;
+        let span = Span::current();
+        span.record("principal", principal.name.as_str());
+        span.record("role", principal.role.as_str());
+        principal.require(role)?;
+        request.extensions_mut().insert(principal);
+    }
+    let _room = match route.shape {
+        Shape::Stream => None,
+        Shape::Unary => Some(shell.room.try_acquire().map_err(|_| {
+            Error::new(ErrorCode::TooManyRequests, "too many requests at once")
+                .hint("try again in a moment")
+                .retry_after(Duration::from_secs(1))
+        })?),
+    };
+    // A panic in a handler is our fault and one request's end, not the connection's.
+    let call = AssertUnwindSafe(next.run(request)).catch_unwind();
+    let answered = match route.shape {
+        Shape::Stream => call.await,
+        Shape::Unary => tokio::time::timeout(shell.options.timeout, call)
+            .await
+            .map_err(|_| {
+                Error::new(ErrorCode::DeadlineExceeded, "the request took too long")
+                    .because(format!(
+                        "it was given up after {} s",
+                        shell.options.timeout.as_secs()
+                    ))
+                    .hint("what it began may still take effect: look, then try again")
+            })?,
+    };
+    answered.map_err(|_| Error::internal("the agent stumbled over this request"))
+}
+
+async fn authenticate(shell: &Shell, headers: &HeaderMap) -> Result<Principal> {
+    let key = key_of(headers)?;
+    shell.use_cases.authenticate_key.execute(&key).await
+}
+
+/// The key of `Authorization: Bearer KEY` or `X-API-Key: KEY`.
+fn key_of(headers: &HeaderMap) -> Result<Secret> {
+    let text = |value: &HeaderValue| value.to_str().ok().map(str::trim).map(str::to_owned);
+    let bearer = headers
+        .get(header::AUTHORIZATION)
+        .and_then(text)
+        .and_then(|value| {
+            let (scheme, key) = value.split_once(' ')?;
+            scheme
+                .eq_ignore_ascii_case("bearer")
+                .then(|| key.trim().to_owned())
+        });
+    bearer
+        .or_else(|| headers.get(API_KEY).and_then(text))
+        .map(Secret::new)
+        .ok_or_else(|| {
+            Error::new(ErrorCode::Unauthenticated, "a key is needed")
+                .because("neither Authorization: Bearer nor X-API-Key carries one")
+                .hint("make one on the host: ghostctl key create --name NAME --role ROLE")
+        })
+}
+
+/// Methods are an open set: those that nobody serves share one name.
+fn known_method(method: &str) -> &'static str {
+    ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
+        .into_iter()
+        .find(|known| *known == method)
+        .unwrap_or("other")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_found_in_either_header() {
+        let mut headers = HeaderMap::new();
+        assert_eq!(
+            key_of(&headers).unwrap_err().code(),
+            ErrorCode::Unauthenticated
+        );
+        headers.insert(API_KEY, HeaderValue::from_static("ghost_a_b"));
+        assert_eq!(key_of(&headers).unwrap().expose(), "ghost_a_b");
+        headers.insert(
+            header::AUTHORIZATION,
+            HeaderValue::from_static("Basic Zm9v"),
+        );
+        assert_eq!(key_of(&headers).unwrap().expose(), "ghost_a_b");
+        headers.insert(
+            header::AUTHORIZATION,
+            HeaderValue::from_static("bearer  ghost_c_d "),
+        );
+        assert_eq!(key_of(&headers).unwrap().expose(), "ghost_c_d");
+    }
+}
