@@ -7,7 +7,7 @@ use ghost_proto::view::{ErrorBody, ErrorDetail, FieldViolation, OperationError};
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
-use crate::text::{human_duration, printable};
+use crate::text::{exact_duration, human_duration, printable};
 
 /// The exit codes of the contract.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -434,7 +434,7 @@ pub(crate) fn worst(exits: impl IntoIterator<Item = Exit>) -> Exit {
 /// The deadline of a wait that the person set has passed.
 pub(crate) fn timed_out(what: impl Into<String>, after: Duration) -> Failure {
     Failure::new(ErrorCode::DeadlineExceeded, what)
-        .because(format!("{} have passed", human_duration(after)))
+        .because(format!("{} went by", exact_duration(after)))
 }
 
 #[cfg(test)]

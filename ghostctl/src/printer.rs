@@ -72,7 +72,9 @@ impl Printer {
             Format::Table => {
                 let texts: Vec<String> =
                     items.iter().map(|item| text(item, self.paint())).collect();
-                self.stdout(&texts.join("\n"))
+                // Sheets of several lines are kept apart, single lines are not.
+                let apart = texts.iter().any(|text| text.lines().count() > 1);
+                self.stdout(&texts.join(if apart { "\n" } else { "" }))
             }
             Format::Name => self.names(items.iter().map(name)),
             Format::Json | Format::Yaml => match items {

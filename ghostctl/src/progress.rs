@@ -98,7 +98,11 @@ pub(crate) struct Tracker {
 impl Tracker {
     /// Shows where an operation stands.
     pub(crate) fn show(&mut self, operation: &Operation) {
-        let mut phase = printable(operation.phase.as_deref().unwrap_or("waiting"));
+        if operation.status.is_finished() {
+            // The outcome is told by whoever waited for it.
+            return;
+        }
+        let mut phase = printable(operation.phase.as_deref().unwrap_or("accepted"));
         if let Some(waiting_for) = &operation.waiting_for {
             phase = format!("{phase}, waiting for {}", printable(waiting_for));
         }

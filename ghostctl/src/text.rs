@@ -55,9 +55,32 @@ pub(crate) fn human_size(bytes: u64) -> String {
     }
 }
 
-/// A duration by its largest unit: `0s`, `12s`, `3m`, `2h`, `5d`.
+/// A duration by its largest unit: `300ms`, `12s`, `3m`, `2h`, `5d`.
 pub(crate) fn human_duration(duration: Duration) -> String {
-    human_seconds(duration.as_secs())
+    match (duration.as_secs(), duration.subsec_millis()) {
+        (0, millis @ 1..) => format!("{millis}ms"),
+        (seconds, _) => human_seconds(seconds),
+    }
+}
+
+/// A duration that a person chose, to the second: `90s`, `1h1m`.
+pub(crate) fn exact_duration(duration: Duration) -> String {
+    let seconds = duration.as_secs();
+    let mut text = String::new();
+    for (unit, name) in [(86_400, "d"), (3600, "h"), (60, "m"), (1, "s")] {
+        let number = match unit {
+            86_400 => seconds / unit,
+            3600 => seconds / unit % 24,
+            _ => seconds / unit % 60,
+        };
+        if number > 0 {
+            let _ = write!(text, "{number}{name}");
+        }
+    }
+    if text.is_empty() {
+        text = human_duration(duration);
+    }
+    text
 }
 
 fn human_seconds(seconds: u64) -> String {
@@ -133,6 +156,10 @@ mod tests {
             (86_400 * 5, "5d"),
         ] {
             assert_eq!(human_seconds(seconds), text);
+        }
+        assert_eq!(human_duration(Duration::from_millis(300)), "300ms");
+        for (seconds, text) in [(0, "0s"), (60, "1m"), (90, "1m30s"), (90_061, "1d1h1m1s")] {
+            assert_eq!(exact_duration(Duration::from_secs(seconds)), text);
         }
         assert_eq!(human_age(None), "-");
         assert_eq!(human_age(Some(-1.0)), "0s");

@@ -74,7 +74,7 @@ pub(crate) struct CompletionArgs {
 /// `man`.
 #[derive(Debug, Args)]
 pub(crate) struct ManArgs {
-    /// The folder that the pages go to
+    /// The folder that the pages go to, one a command; without it the first page goes to stdout
     #[arg(value_hint = ValueHint::DirPath)]
-    pub(crate) folder: PathBuf,
+    pub(crate) folder: Option<PathBuf>,
 }

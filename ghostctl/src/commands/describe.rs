@@ -84,11 +84,10 @@ pub(super) fn vm(vm: &Vm, paint: Paint) -> String {
         let addresses = if nic.addresses.is_empty() {
             "no address known".to_owned()
         } else {
-            format!(
-                "{} (seen {} ago)",
-                nic.addresses.join(", "),
-                human_age(nic.addresses_age_seconds)
-            )
+            let seen = nic
+                .addresses_age_seconds
+                .map(|_| format!(" (seen {} ago)", human_age(nic.addresses_age_seconds)));
+            format!("{}{}", nic.addresses.join(", "), seen.unwrap_or_default())
         };
         sheet.line(
             &format!("nic {}", printable(&nic.network)),

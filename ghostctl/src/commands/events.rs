@@ -7,7 +7,7 @@ use crate::arguments::EventsArgs;
 use crate::connect::Session;
 use crate::errors::{Exit, Failure};
 use crate::table::Paint;
-use crate::text::printable;
+use crate::text::{count, printable};
 
 pub(super) async fn run(args: EventsArgs, session: &Session) -> Result<Exit, Failure> {
     let agent = session.agent().await?;
@@ -34,9 +34,9 @@ pub(super) async fn run(args: EventsArgs, session: &Session) -> Result<Exit, Fai
             && event.sequence > last.saturating_add(1)
             && unfiltered
         {
-            session
-                .printer
-                .warning(&format!("{} events were missed", event.sequence - last - 1));
+            let missed = usize::try_from(event.sequence - last - 1).unwrap_or(usize::MAX);
+            let missed = count(missed, "event was", "events were");
+            session.printer.warning(&format!("{missed} missed"));
         }
         last = Some(event.sequence);
         let number = event.sequence.to_string();

@@ -66,7 +66,7 @@ pub(crate) async fn run(command: Command, session: &Session) -> Result<Exit, Fai
         Command::Key(command) => key::run(command, session).await,
         Command::Version(args) => version::run(args, session).await,
         Command::Completion(args) => completion::run(args, session),
-        Command::Man(args) => man::run(&args),
+        Command::Man(args) => man::run(args, session),
     }
 }
 

@@ -6,15 +6,15 @@ use ghost_proto::view::{Vm, VmState};
 use crate::arguments::{VmWait, WaitFor};
 use crate::connect::{Agent, Session};
 use crate::errors::{ErrorCode, Exit, Failure, timed_out};
-use crate::text::printable;
+use crate::text::{exact_duration, printable};
 
 pub(super) async fn run(args: VmWait, session: &Session) -> Result<Exit, Failure> {
-    let what = match args.what {
-        WaitFor::Running => "running",
-        WaitFor::Stopped => "stopped",
-        WaitFor::Address => "an address",
-        WaitFor::Agent => return Err(not_reported("guest agent")),
-        WaitFor::CloudInit => return Err(not_reported("cloud-init")),
+    let (what, not_yet) = match args.what {
+        WaitFor::Running => ("running", "does not run yet"),
+        WaitFor::Stopped => ("stopped", "has not stopped yet"),
+        WaitFor::Address => ("an address", "has no address yet"),
+        WaitFor::Agent => return Err(not_reported("agents in its VMs")),
+        WaitFor::CloudInit => return Err(not_reported("cloud-init in its VMs")),
     };
     let agent = session.agent().await?;
     let mut tracker = session.printer.progress().track(&args.name);
@@ -28,15 +28,15 @@ pub(super) async fn run(args: VmWait, session: &Session) -> Result<Exit, Failure
     .await;
     drop(tracker);
     let vm = watched.unwrap_or_else(|_| {
-        let failure = timed_out(
-            format!("{} is not there yet: it waits for {what}", args.name),
-            args.timeout,
-        );
+        let failure = timed_out(format!("{} {not_yet}", args.name), args.timeout);
         Err(match &last {
-            Some(vm) => failure.hint(format!(
-                "ghostctl vm logs {0} ({0} is {1})",
-                vm.name, vm.state
-            )),
+            Some(vm) => failure
+                .because(format!(
+                    "it is {} after {}",
+                    vm.state,
+                    exact_duration(args.timeout)
+                ))
+                .hint(format!("ghostctl vm logs {}", vm.name)),
             None => failure.hint("ghostctl status"),
         })
     })?;
@@ -60,7 +60,7 @@ pub(super) async fn run(args: VmWait, session: &Session) -> Result<Exit, Failure
 fn not_reported(what: &str) -> Failure {
     Failure::new(
         ErrorCode::Internal,
-        format!("this agent does not report the {what} of its VMs yet"),
+        format!("this agent does not report {what} yet"),
     )
     .hint("ghostctl vm wait NAME --for address")
 }
@@ -86,7 +86,6 @@ async fn watch(
         .into_inner();
     while let Some(vm) = stream.message().await.map_err(failed)? {
         let vm = Vm::from(vm);
-        show(&vm);
         let there = match args.what {
             WaitFor::Running => vm.state == VmState::Running,
             WaitFor::Stopped => vm.state == VmState::Stopped,
@@ -108,6 +107,7 @@ async fn watch(
                 None => failure,
             });
         }
+        show(&vm);
         *last = Some(vm);
     }
     Err(match last {

@@ -9,7 +9,7 @@ use std::fmt;
 use std::io;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context as TaskContext, Poll};
+use std::task::{Context as TaskContext, Poll, ready};
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
@@ -100,7 +100,11 @@ impl Setup {
         let stream = TlsConnector::from(Arc::clone(&self.0))
             .connect(name, stream)
             .await?;
-        Ok(Watched { stream, faults })
+        Ok(Watched {
+            stream,
+            faults,
+            broken: None,
+        })
     }
 }
 
@@ -203,6 +207,44 @@ pub(super) fn alert_of(error: &io::Error) -> Option<&TlsError> {
 pub(super) struct Watched {
     stream: TlsStream<TcpStream>,
     faults: Faults,
+    /// A failed write, while the reason for it is still being read.
+    broken: Option<io::Error>,
+}
+
+impl Watched {
+    /// A server that refuses us sends its alert and closes. Whoever writes then learns of the
+    /// closed pipe only, while the reason lies unread in the receive buffer: it is read before the
+    /// write is given up. The end of the stream is near, as the peer has closed it.
+    fn after_write<T>(
+        &mut self,
+        context: &mut TaskContext<'_>,
+        polled: Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        match polled {
+            Poll::Ready(Err(error)) if alert_of(&error).is_none() => {
+                self.broken = Some(error);
+                self.read_reason(context)
+            }
+            polled => {
+                self.faults.note(&polled);
+                polled
+            }
+        }
+    }
+
+    fn read_reason<T>(&mut self, context: &mut TaskContext<'_>) -> Poll<io::Result<T>> {
+        loop {
+            let mut scratch = [0; 1024];
+            let mut buffer = ReadBuf::new(&mut scratch);
+            let read = ready!(Pin::new(&mut self.stream).poll_read(context, &mut buffer));
+            if read.is_ok() && !buffer.filled().is_empty() {
+                continue;
+            }
+            self.faults.note(&Poll::Ready(read));
+            let error = self.broken.take();
+            return Poll::Ready(Err(error.unwrap_or(io::ErrorKind::BrokenPipe.into())));
+        }
+    }
 }
 
 impl AsyncRead for Watched {
@@ -223,15 +265,19 @@ impl AsyncWrite for Watched {
         context: &mut TaskContext<'_>,
         buffer: &[u8],
     ) -> Poll<io::Result<usize>> {
+        if self.broken.is_some() {
+            return self.read_reason(context);
+        }
         let polled = Pin::new(&mut self.stream).poll_write(context, buffer);
-        self.faults.note(&polled);
-        polled
+        self.after_write(context, polled)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut TaskContext<'_>) -> Poll<io::Result<()>> {
+        if self.broken.is_some() {
+            return self.read_reason(context);
+        }
         let polled = Pin::new(&mut self.stream).poll_flush(context);
-        self.faults.note(&polled);
-        polled
+        self.after_write(context, polled)
     }
 
     fn poll_shutdown(
