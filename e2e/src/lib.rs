@@ -1,1 +1,17 @@
-//! Placeholder.
+//! Whole-system tests of Ghost: what they need to run real agents, to wait, to play the outsider,
+//! and to prove at the end that nothing was left behind.
+//!
+//! Start reading at [`auditor`]: every system test ends with it. [`agent::Agent`] runs a real
+//! `ghost-agent`, [`ctl::Ctl`] a real `ghostctl`.
+//!
+//! All but the auditor is for tests and the benchmark: it panics with an explanation where the
+//! test cannot go on.
+
+pub mod agent;
+pub mod auditor;
+pub mod binaries;
+pub mod ctl;
+pub mod guest;
+pub mod libvirt;
+pub mod wait;
+pub mod xml;
