@@ -134,6 +134,7 @@ pub(crate) fn redact(text: &str) -> String {
         (is_time as fn(&str) -> bool, 24, "[TIME..................]"),
         (is_random_uuid, 36, "[UUID..............................]"),
         (is_elapsed, 6, "(0.0s)"),
+        (is_elapsed, 7, "(0.0s)"),
     ] {
         let mut at = 0;
         while at + width <= out.len() {
@@ -171,5 +172,5 @@ fn is_random_uuid(text: &str) -> bool {
 }
 
 fn is_elapsed(text: &str) -> bool {
-    shaped(text, "(0.0s)")
+    shaped(text, "(0.0s)") || shaped(text, "(00.0s)")
 }

@@ -32,7 +32,8 @@ impl Known {
             status: status.into(),
             request_id: self.request_id.clone(),
             requested_by: "root".to_owned(),
-            created_at: moment(-5),
+            // In the middle of a minute, so that the age is the same however slow the machine.
+            created_at: moment(-330),
             finished_at: (status as i32 > OperationStatus::Running as i32)
                 .then(|| moment(0))
                 .flatten(),
