@@ -11,7 +11,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, sleep};
 
 use crate::connect::{Agent, ask};
-use crate::errors::{Failure, timed_out};
+use crate::errors::{Exit, Failure, timed_out};
 use crate::printer::Printer;
 use crate::progress::Tracker;
 
@@ -90,7 +90,12 @@ async fn watch_to_end(
             printer.note("the agent was lost; trying to reach it again");
             Instant::now()
         });
-        if !failure.is_transport() || lost.elapsed() > RECONNECT {
+        // An agent that stops or recovers says so, and comes back as one that was cut off does.
+        let away = failure.is_transport() || failure.exit() == Exit::Unreachable;
+        if !away {
+            return Err(failure.of_operation(&operation.id));
+        }
+        if lost.elapsed() > RECONNECT {
             return Err(failure
                 .hint(format!("ghostctl operation wait {}", operation.id))
                 .of_operation(&operation.id));

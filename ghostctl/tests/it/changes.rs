@@ -1,7 +1,7 @@
 //! Changes: what is asked for, how they are waited for, and how they end.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::process::{Output, Stdio};
+use std::process::{Child, ChildStderr, Output, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -156,44 +156,72 @@ fn without_a_key_of_the_caller_each_change_gets_one_of_its_own() {
     assert!(keys.iter().all(|key| key.len() == 36), "{keys:?}");
 }
 
-/// Starts a line, and returns when stderr has shown a text.
-fn until(person: &Person, line: &str, text: &str, then: impl FnOnce(Pid)) -> Output {
-    let mut child = person
-        .ghostctl(&words(line))
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut stderr = BufReader::new(child.stderr.take().unwrap());
-    let mut seen = Vec::new();
-    while !String::from_utf8_lossy(&seen).contains(text) {
-        let read = stderr.read_until(b'\n', &mut seen).unwrap();
-        assert_ne!(read, 0, "{}", String::from_utf8_lossy(&seen));
+/// A line that runs, and what it has written to stderr so far.
+struct Running {
+    child: Child,
+    stderr: BufReader<ChildStderr>,
+    seen: Vec<u8>,
+}
+
+impl Running {
+    fn start(person: &Person, line: &str) -> Self {
+        let mut child = person
+            .ghostctl(&words(line))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        Self {
+            stderr: BufReader::new(child.stderr.take().unwrap()),
+            child,
+            seen: Vec::new(),
+        }
     }
-    then(Pid::from_child(&child));
-    let rest = std::thread::spawn(move || {
-        let mut rest = Vec::new();
-        stderr.read_to_end(&mut rest).unwrap();
-        rest
-    });
-    let mut output = finish(child);
-    seen.extend(rest.join().unwrap());
-    output.stderr = seen;
-    output
+
+    /// Returns when stderr has shown a text.
+    fn shows(&mut self, text: &str) {
+        while !String::from_utf8_lossy(&self.seen).contains(text) {
+            let read = self.stderr.read_until(b'\n', &mut self.seen).unwrap();
+            assert_ne!(read, 0, "{}", String::from_utf8_lossy(&self.seen));
+        }
+    }
+
+    fn interrupt(&self) {
+        kill_process(Pid::from_child(&self.child), Signal::INT).unwrap();
+    }
+
+    fn end(self) -> Output {
+        let Self {
+            child,
+            mut stderr,
+            mut seen,
+        } = self;
+        let rest = std::thread::spawn(move || {
+            let mut rest = Vec::new();
+            stderr.read_to_end(&mut rest).unwrap();
+            rest
+        });
+        let mut output = finish(child);
+        seen.extend(rest.join().unwrap());
+        output.stderr = seen;
+        output
+    }
 }
 
 #[test]
 fn ctrl_c_leaves_the_operation_running_and_says_how_to_come_back() {
     let person = Person::new();
-    let interrupt = |pid| kill_process(pid, Signal::INT).unwrap();
     let mut text = String::new();
     for line in [
         "vm start slow-1",
         "vm start slow-1 -o json",
         "operation wait 00000000",
     ] {
-        let output = until(&person, line, "slow-1: working", interrupt);
+        let mut running = Running::start(&person, line);
+        running.shows("slow-1: working");
+        running.interrupt();
+        let output = running.end();
         assert_eq!(output.status.code(), Some(130));
         text.push_str(&transcript(line, &output, &person.secrets()));
     }
@@ -211,10 +239,10 @@ fn ctrl_c_leaves_the_operation_running_and_says_how_to_come_back() {
 #[test]
 fn a_cancelled_operation_ends_its_wait() {
     let person = Person::new();
-    let output = until(&person, "vm start slow-1", "slow-1: working", |_| {
-        let cancelled = person.says("operation cancel 00000000");
-        insta::assert_snapshot!("cancel", cancelled);
-    });
+    let mut running = Running::start(&person, "vm start slow-1");
+    running.shows("slow-1: working");
+    insta::assert_snapshot!("cancel", person.says("operation cancel 00000000"));
+    let output = running.end();
     insta::assert_snapshot!(
         "cancelled",
         transcript("vm start slow-1", &output, &person.secrets())
@@ -222,9 +250,26 @@ fn a_cancelled_operation_ends_its_wait() {
 }
 
 #[test]
-fn an_agent_that_restarts_does_not_end_a_wait() {
+fn a_broken_stream_does_not_end_a_wait() {
     let person = Person::new();
     insta::assert_snapshot!(person.says("vm start shaky-1"));
+}
+
+#[test]
+fn an_agent_that_restarts_does_not_end_a_wait() {
+    let mut person = Person::new();
+    let mut running = Running::start(&person, "vm start slow-1");
+    running.shows("slow-1: working");
+    person.agent.restart();
+    running.shows("the agent was lost; trying to reach it again");
+    person.says("operation cancel 00000000");
+    let output = running.end();
+    assert_eq!(output.status.code(), Some(1));
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        stderr.contains("error: start vm slow-1 was cancelled"),
+        "{stderr}"
+    );
 }
 
 #[test]

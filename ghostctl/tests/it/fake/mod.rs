@@ -81,7 +81,6 @@ impl FakeAgent {
     }
 
     fn serve(authority: Authority, tls: Option<ServerTlsConfig>) -> Self {
-        let folder = tempfile::tempdir().unwrap();
         let state = Arc::new(State {
             requests: Mutex::default(),
             vms: Mutex::new(vec![
@@ -95,6 +94,18 @@ impl FakeAgent {
             lifetime: Mutex::new((-60, 86_400)),
             imported: Mutex::default(),
         });
+        let mut agent = Self {
+            state,
+            folder: tempfile::tempdir().unwrap(),
+            tcp: None,
+            runtime: None,
+            stop: None,
+        };
+        agent.listen(tls);
+        agent
+    }
+
+    fn listen(&mut self, tls: Option<ServerTlsConfig>) {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
@@ -104,8 +115,8 @@ impl FakeAgent {
         let stopped = async {
             let _ = stopped.await;
         };
-        let tcp = runtime.block_on(async {
-            let router = router(&state, tls.clone());
+        let router = router(&self.state, tls.clone());
+        self.tcp = runtime.block_on(async {
             if tls.is_some() {
                 let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
                 let address = listener.local_addr().unwrap();
@@ -114,20 +125,31 @@ impl FakeAgent {
                 tokio::spawn(async move { drop(serving.await) });
                 Some(address)
             } else {
-                let listener = UnixListener::bind(folder.path().join("agent.sock")).unwrap();
+                let listener = UnixListener::bind(self.socket()).unwrap();
                 let serving =
                     router.serve_with_incoming_shutdown(UnixListenerStream::new(listener), stopped);
                 tokio::spawn(async move { drop(serving.await) });
                 None
             }
         });
-        Self {
-            state,
-            folder,
-            tcp,
-            runtime: Some(runtime),
-            stop: Some(stop),
+        self.runtime = Some(runtime);
+        self.stop = Some(stop);
+    }
+
+    fn cut_off(&mut self) {
+        if let Some(stop) = self.stop.take() {
+            let _ = stop.send(());
         }
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_timeout(Duration::from_millis(200));
+        }
+    }
+
+    /// Ends in the middle of everything, and comes back at the same socket with what it knew.
+    pub(crate) fn restart(&mut self) {
+        self.cut_off();
+        let _ = std::fs::remove_file(self.socket());
+        self.listen(None);
     }
 
     pub(crate) fn socket(&self) -> PathBuf {
@@ -157,12 +179,7 @@ impl FakeAgent {
 
 impl Drop for FakeAgent {
     fn drop(&mut self) {
-        if let Some(stop) = self.stop.take() {
-            let _ = stop.send(());
-        }
-        if let Some(runtime) = self.runtime.take() {
-            runtime.shutdown_timeout(Duration::from_millis(200));
-        }
+        self.cut_off();
     }
 }
 
