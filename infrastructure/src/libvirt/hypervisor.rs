@@ -308,6 +308,11 @@ impl Session<'_> {
             .map(|record| VmId::from_uuid(record.id))
             .collect();
         self.core.keep_only(|id| present.contains(&id));
+        // Many that are new (the first list after connecting): one call fetches all their handles.
+        let unknown = present.iter().filter(|id| self.core.recall(**id).is_none());
+        if unknown.count() > 8 {
+            self.learn_all()?;
+        }
         let mut snapshots = Vec::with_capacity(records.len());
         for record in records {
             let Some(parsed) = self.parsed_of(VmId::from_uuid(record.id))? else {
@@ -321,6 +326,25 @@ impl Session<'_> {
             snapshots.push(self.snapshot(record.name, &parsed, power));
         }
         Ok(snapshots)
+    }
+
+    /// Reads the definitions of all domains that are not known.
+    fn learn_all(&self) -> Result<()> {
+        let domains = self
+            .libvirt()
+            .list_all_domains(0)
+            .map_err(|error| self.error("list the VMs", &error))?;
+        for domain in domains.into_iter().map(Guarded::new) {
+            let Ok(uuid) = domain.uuid() else { continue };
+            match self.parsed(VmId::from_uuid(uuid), &domain) {
+                Err(error) if error.code() == ErrorCode::HypervisorUnavailable => {
+                    return Err(error);
+                }
+                // One that went away or is odd is met again, alone, by the list itself.
+                Ok(_) | Err(_) => {}
+            }
+        }
+        Ok(())
     }
 
     /// What is known of a domain, asking libvirt only where nothing is; `None` where it is gone or

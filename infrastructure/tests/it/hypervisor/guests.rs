@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use ghost_domain::ErrorCode;
-use ghost_domain::ports::{DomainDefinition, Hypervisor};
+use ghost_domain::ports::DomainDefinition;
 use ghost_domain::vm::ObservedPower;
 
 use super::libvirt::Libvirt;
@@ -190,17 +190,18 @@ async fn one_qemu_that_hangs_holds_up_nobody_else() {
     let Some(subject) = qemu("a hanging QEMU").await else {
         return;
     };
-    let subject = subject.with_deadline(Duration::from_secs(2)).await;
-    let hypervisor = subject.hypervisor();
     let (hung, well) = (
         definition(&subject, "ct-hung"),
         definition(&subject, "ct-well"),
     );
     for one in [&hung, &well] {
-        hypervisor.define(one).await.unwrap();
-        hypervisor.start(one.vm.id).await.unwrap();
+        subject.hypervisor().define(one).await.unwrap();
+        subject.hypervisor().start(one.vm.id).await.unwrap();
     }
     let (hung, well) = (hung.vm.id, well.vm.id);
+    // Short, as the test waits for it, and still long enough for a busy machine.
+    let subject = subject.with_deadline(Duration::from_secs(8)).await;
+    let hypervisor = subject.hypervisor();
     subject.signal(hung, Signal::STOP);
     let error = hypervisor.pause(hung).await.unwrap_err();
     assert_eq!(error.code(), ErrorCode::HypervisorUnavailable, "{error:?}");
