@@ -71,14 +71,16 @@ pub trait ImageCache: Send + Sync {
     async fn append(&self, staged: &std::path::Path, data: &[u8]) -> Result<()>;
 
     /// Takes a staged upload into the cache: decompresses (gzip, xz, zstd, bounded), checks the
-    /// header, publishes. Consumes the staged file in success and failure.
+    /// header, publishes. Consumes the staged file in success and failure. After a success the
+    /// same call gives the same answer until `discard`, so that a step may be repeated after a
+    /// crash.
     async fn adopt(
         &self,
         staged: &std::path::Path,
         progress: std::sync::Arc<dyn ProgressSink>,
     ) -> Result<CachedContent>;
 
-    /// Removes a staged upload. Succeeds where there is none.
+    /// Removes a staged upload and forgets what became of it. Succeeds where there is none.
     async fn discard(&self, staged: &std::path::Path) -> Result<()>;
 
     /// Looks at one file of the cache.

@@ -34,7 +34,7 @@ use super::checksum::{find_in_list, hash_file};
 use super::decompress::{Compression, DecompressionLimits, decompress};
 use super::download::{DownloadOptions, Downloader, Partial, check_free_space};
 use super::files::{
-    Cancellation, RemoveOnDrop, TemporaryFile, blocking, create_new, io_error,
+    Cancellation, RemoveOnDrop, TemporaryFile, blocking, blocking_long, create_new, io_error,
     make_passable_folder, no_follow, open_plain, publish, remove_if_there, sync_folder,
     write_sparse, write_whole,
 };
@@ -96,6 +96,8 @@ struct Inner {
     qemu_img: QemuImg,
     downloader: Downloader,
     flights: Mutex<HashMap<String, (WeakFlight, Arc<FanOut>)>>,
+    /// One publication at a time: two sources may bring the same bytes.
+    publishing: Mutex<()>,
     partials: Mutex<HashMap<PathBuf, Weak<tokio::sync::Mutex<()>>>>,
 }
 
@@ -160,6 +162,14 @@ impl Drop for Listening {
     }
 }
 
+/// Where a candidate comes from.
+enum Source {
+    /// A download with this checksum.
+    Download(Checksum),
+    /// The upload at this path.
+    Upload(PathBuf),
+}
+
 /// What is kept beside an image, to know a download again.
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
@@ -191,6 +201,7 @@ impl DirectoryImageCache {
                 downloader: Downloader::new(options.download),
                 options,
                 flights: Mutex::default(),
+                publishing: Mutex::default(),
                 partials: Mutex::default(),
             }),
         })
@@ -246,6 +257,19 @@ impl Inner {
                 "that is not the name of an upload",
             )),
         }
+    }
+
+    /// Where it is noted what became of an upload.
+    fn adopted_path(upload: &Path) -> PathBuf {
+        upload.with_extension("adopted")
+    }
+
+    /// What an earlier adoption of this upload published.
+    fn adopted(&self, upload: &Path) -> Result<Option<CachedContent>> {
+        let digest = fs::read_to_string(Self::adopted_path(upload))
+            .ok()
+            .and_then(|text| text.parse::<ImageDigest>().ok());
+        digest.map_or(Ok(None), |digest| self.look(&digest))
     }
 
     fn content_path(&self, digest: &ImageDigest, format: ImageFormat) -> PathBuf {
@@ -405,7 +429,7 @@ impl Inner {
         let sidecar = RemoveOnDrop(partial.sidecar());
         let (candidate, digest) = verified?;
         let content = self
-            .take_in(candidate, Some(digest), Some(checksum), &sink)
+            .take_in(candidate, Some(digest), Source::Download(checksum), &sink)
             .await;
         drop(sidecar);
         content
@@ -418,7 +442,7 @@ impl Inner {
         sink: &Arc<dyn ProgressSink>,
     ) -> Result<(TemporaryFile, ImageDigest)> {
         let (path, sink) = (partial.path.clone(), Arc::clone(sink));
-        let (candidate, digest, actual) = blocking(move |cancellation| {
+        let (candidate, digest, actual) = blocking_long(move |cancellation| {
             let candidate = open_candidate(path)?;
             let (digest, actual) = hash_with_progress(
                 &candidate.file,
@@ -450,11 +474,11 @@ impl Inner {
         self: &Arc<Self>,
         candidate: TemporaryFile,
         digest: Option<ImageDigest>,
-        checksum: Option<Checksum>,
+        source: Source,
         sink: &Arc<dyn ProgressSink>,
     ) -> Result<CachedContent> {
         let (inner, worker_sink) = (Arc::clone(self), Arc::clone(sink));
-        let (candidate, admitted, digest) = blocking(move |cancellation| {
+        let (candidate, admitted, digest) = blocking_long(move |cancellation| {
             let (candidate, digest) =
                 match inner.decompressed(candidate, &worker_sink, cancellation)? {
                     (candidate, true) => (candidate, None),
@@ -479,7 +503,7 @@ impl Inner {
                 .await?;
         }
         let (inner, sink) = (Arc::clone(self), Arc::clone(sink));
-        blocking(move |cancellation| {
+        blocking_long(move |cancellation| {
             let digest = match digest {
                 Some(digest) => digest,
                 None => {
@@ -494,7 +518,7 @@ impl Inner {
                 }
             };
             sink.report(Progress::phase("publishing"));
-            inner.publish(&candidate, &admitted, digest, checksum)
+            inner.publish(&candidate, &admitted, digest, source)
         })
         .await
     }
@@ -571,11 +595,24 @@ impl Inner {
         candidate: &TemporaryFile,
         admitted: &Admitted,
         digest: ImageDigest,
-        checksum: Option<Checksum>,
+        source: Source,
     ) -> Result<CachedContent> {
         let path = self.content_path(&digest, admitted.format);
         let failed = |error: io::Error| io_error("publish", &path, &error);
+        let _one_at_a_time = self
+            .publishing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let length = candidate.file.metadata().map_err(failed)?.len();
+        let checksum = match source {
+            Source::Download(checksum) => Some(checksum),
+            Source::Upload(path) => {
+                // Noted first: a kill right after the rename finds it.
+                let note = Self::adopted_path(&path);
+                write_whole(&note, digest.to_string().as_bytes(), 0o600).map_err(failed)?;
+                None
+            }
+        };
         // VMs may have the file open that is there already: the same content stays as it is.
         let there =
             fs::symlink_metadata(&path).is_ok_and(|old| old.is_file() && old.len() == length);
@@ -630,7 +667,7 @@ impl Inner {
                 ByteSize::from_bytes(staged),
                 self.options.staging_quota
             ))
-            .hint("wait until other imports end, or raise images.staging_quota"));
+            .hint("wait until other imports have ended, then try again"));
         }
         Ok(())
     }
@@ -672,7 +709,10 @@ impl Inner {
                     .map(|modified| now.duration_since(modified).unwrap_or_default());
                 age.is_ok_and(|age| age < PARTIAL_LIFE)
             } else {
-                keep.iter().any(|path| path.as_os_str() == name)
+                let upload = Path::new(&name).with_extension("");
+                let note = name.to_str().is_some_and(|name| name.ends_with(".adopted"));
+                keep.iter()
+                    .any(|path| path.as_os_str() == name || (note && *path == upload))
             };
             if kept {
                 continue;
@@ -755,14 +795,36 @@ impl ImageCache for DirectoryImageCache {
     async fn adopt(&self, staged: &Path, progress: Arc<dyn ProgressSink>) -> Result<CachedContent> {
         let path = self.inner.staged_path(staged)?;
         let _consumed = RemoveOnDrop(path.clone());
-        let candidate = blocking(move |_| open_candidate(path)).await?;
-        self.inner.take_in(candidate, None, None, &progress).await
+        let (inner, upload) = (Arc::clone(&self.inner), path.clone());
+        let found = blocking(move |_| match inner.adopted(&upload)? {
+            Some(content) => Ok(Err(content)),
+            None => open_candidate(upload).map(Ok),
+        })
+        .await?;
+        match found {
+            Err(content) => Ok(content),
+            Ok(candidate) => {
+                let note = Inner::adopted_path(&path);
+                let taken = self
+                    .inner
+                    .take_in(candidate, None, Source::Upload(path), &progress)
+                    .await;
+                if taken.is_err() {
+                    drop(RemoveOnDrop(note));
+                }
+                taken
+            }
+        }
     }
 
     async fn discard(&self, staged: &Path) -> Result<()> {
         let path = self.inner.staged_path(staged)?;
-        blocking(move |_| remove_if_there(&path).map_err(|error| io_error("remove", &path, &error)))
-            .await
+        blocking(move |_| {
+            remove_if_there(&path)
+                .and_then(|()| remove_if_there(&Inner::adopted_path(&path)))
+                .map_err(|error| io_error("remove", &path, &error))
+        })
+        .await
     }
 
     async fn get(&self, digest: &ImageDigest) -> Result<Option<CachedContent>> {
@@ -788,7 +850,7 @@ impl ImageCache for DirectoryImageCache {
 
     async fn remove(&self, digest: &ImageDigest) -> Result<()> {
         let (inner, digest) = (Arc::clone(&self.inner), *digest);
-        blocking(move |_| {
+        blocking_long(move |_| {
             for path in [
                 inner.content_path(&digest, ImageFormat::Qcow2),
                 inner.content_path(&digest, ImageFormat::Raw),
@@ -804,6 +866,6 @@ impl ImageCache for DirectoryImageCache {
 
     async fn sweep(&self, keep: &[PathBuf]) -> Result<()> {
         let (inner, keep) = (Arc::clone(&self.inner), keep.to_vec());
-        blocking(move |_| inner.sweep(&keep)).await
+        blocking_long(move |_| inner.sweep(&keep)).await
     }
 }

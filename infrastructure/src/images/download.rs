@@ -505,7 +505,7 @@ fn too_large(cap: ByteSize) -> Error {
         ErrorCode::ImageTooLarge,
         format!("the download is larger than {cap}"),
     )
-    .hint("raise images.max_download in the agent's configuration if that is wanted")
+    .hint("check the address: no cloud image is that large")
 }
 
 fn success(response: Response) -> Result<Response, Failure> {

@@ -6,9 +6,11 @@ use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use ghost_domain::{Error, ErrorCode, Result};
 use rustix::fs::OFlags;
+use tokio::sync::Semaphore;
 
 /// `O_NOFOLLOW`: a link that somebody put in our folder is an error, never a way out of it.
 pub(crate) fn no_follow() -> i32 {
@@ -231,13 +233,58 @@ impl Drop for CancelOnDrop {
     }
 }
 
-/// Runs blocking work off the executor; it is told when the caller goes away.
+/// Storage that hangs takes the threads that touch it with it; more than these are never lost.
+static QUICK: Semaphore = Semaphore::const_new(8);
+/// Hashing and decompression fill a core each.
+static LONG: Semaphore = Semaphore::const_new(4);
+/// For work of milliseconds on a disk that answers at all.
+const QUICK_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Runs short blocking work off the executor; it ends by itself or by a deadline.
 pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce(&Cancellation) -> Result<T> + Send + 'static,
+) -> Result<T> {
+    within(QUICK_DEADLINE, work).await
+}
+
+async fn within<T: Send + 'static>(
+    deadline: Duration,
+    work: impl FnOnce(&Cancellation) -> Result<T> + Send + 'static,
+) -> Result<T> {
+    match tokio::time::timeout(deadline, run(&QUICK, work)).await {
+        Ok(result) => result,
+        Err(_) => Err(Error::new(
+            ErrorCode::DeadlineExceeded,
+            "the host's storage does not answer",
+        )
+        .because(format!("{} s have passed", deadline.as_secs()))
+        .hint("look at the disks of the host: dmesg, and ghost-agent doctor")),
+    }
+}
+
+/// Runs blocking work of seconds to minutes off the executor; it is told when the caller goes.
+pub(crate) async fn blocking_long<T: Send + 'static>(
+    work: impl FnOnce(&Cancellation) -> Result<T> + Send + 'static,
+) -> Result<T> {
+    run(&LONG, work).await
+}
+
+async fn run<T: Send + 'static>(
+    threads: &'static Semaphore,
     work: impl FnOnce(&Cancellation) -> Result<T> + Send + 'static,
 ) -> Result<T> {
     let guard = CancelOnDrop::default();
     let cancellation = guard.cancellation();
-    match tokio::task::spawn_blocking(move || work(&cancellation)).await {
+    let permit = threads
+        .acquire()
+        .await
+        .map_err(|_| Error::internal("the file workers are gone"))?;
+    let worker = tokio::task::spawn_blocking(move || {
+        // Held by the thread, not by the future: a hanging thread counts until it is free again.
+        let _permit = permit;
+        work(&cancellation)
+    });
+    match worker.await {
         Ok(result) => result,
         Err(error) => Err(Error::internal(format!("a file worker failed: {error}"))),
     }
@@ -275,6 +322,21 @@ mod tests {
         std::os::unix::fs::symlink("target", folder.path().join("link")).unwrap();
         assert!(open_plain(&folder.path().join("link")).is_err());
         assert!(create_new(&folder.path().join("link")).is_err());
+    }
+
+    #[tokio::test]
+    async fn work_that_hangs_ends_by_the_deadline_and_is_told() {
+        let (told, heard) = tokio::sync::oneshot::channel();
+        let result: Result<()> = within(Duration::from_millis(20), move |cancellation| {
+            while cancellation.check().is_ok() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            let _ = told.send(());
+            Ok(())
+        })
+        .await;
+        assert_eq!(result.unwrap_err().code(), ErrorCode::DeadlineExceeded);
+        heard.await.unwrap();
     }
 
     proptest! {

@@ -302,3 +302,141 @@ fn excerpt(stderr: &str) -> String {
 fn refused(what: &str, stderr: &str) -> Error {
     Error::new(ErrorCode::UnsupportedImage, what).because(excerpt(stderr))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    /// A tool that is a script of ours.
+    fn fake(folder: &Path, script: &str) -> QemuImg {
+        let path = folder.join("tool");
+        std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        QemuImg::new(path)
+    }
+
+    #[tokio::test]
+    async fn the_tool_runs_confined() {
+        let folder = tempfile::tempdir().unwrap();
+        let tool = fake(
+            folder.path(),
+            "echo \"v=$(ulimit -v) t=$(ulimit -t) f=$(ulimit -f) n=$(ulimit -n) c=$(ulimit -c) pwd=$(pwd) env=$(env | grep -c SECRET)\" >&2
+             grep NoNewPrivs /proc/self/status >&2
+             echo \"net=$(grep -c : /proc/net/dev)\" >&2
+             exit 1",
+        );
+        let image = folder.path().join("image");
+        let error = tool
+            .verify_qcow2(&image, ByteSize::from_mib(1))
+            .await
+            .unwrap_err();
+        let cause = error.cause().unwrap();
+        for told in [
+            "v=1048576 ",
+            "t=30 ",
+            "f=0 ",
+            "n=64 ",
+            "c=0 ",
+            "pwd=/ ",
+            "NoNewPrivs: 1",
+        ] {
+            assert!(cause.contains(told), "{told}: {cause}");
+        }
+        if rustix::process::geteuid().is_root() {
+            assert!(
+                cause.contains("net=1"),
+                "only a loopback device is left: {cause}"
+            );
+        } else {
+            eprintln!("SKIPPED: a network namespace of its own needs root");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_it_says_is_cut_and_cleaned() {
+        let folder = tempfile::tempdir().unwrap();
+        let tool = fake(
+            folder.path(),
+            "yes '\u{1b}[31mevil' | head -c 3000000 >&2; exit 1",
+        );
+        let image = folder.path().join("image");
+        let error = tool
+            .verify_qcow2(&image, ByteSize::from_mib(1))
+            .await
+            .unwrap_err();
+        assert_eq!(error.code(), ErrorCode::UnsupportedImage);
+        let cause = error.cause().unwrap();
+        assert!(cause.len() <= 300 && !cause.contains('\u{1b}'), "{cause:?}");
+    }
+
+    #[tokio::test]
+    async fn another_opinion_of_qemu_is_believed() {
+        let folder = tempfile::tempdir().unwrap();
+        let image = folder.path().join("image");
+        for (json, code) in [
+            (
+                r#"{"format":"raw","virtual-size":1048576}"#,
+                ErrorCode::UnsafeImage,
+            ),
+            (
+                r#"{"format":"qcow2","virtual-size":5}"#,
+                ErrorCode::UnsafeImage,
+            ),
+            (
+                r#"{"format":"qcow2","virtual-size":1048576,"backing-filename":"/etc/passwd"}"#,
+                ErrorCode::UnsafeImage,
+            ),
+            ("garbage", ErrorCode::Internal),
+        ] {
+            let tool = fake(folder.path(), &format!("echo '{json}'"));
+            let error = tool
+                .verify_qcow2(&image, ByteSize::from_mib(1))
+                .await
+                .unwrap_err();
+            assert_eq!(error.code(), code, "{json}: {error}");
+        }
+        let tool = QemuImg::new(folder.path().join("none"));
+        let error = tool
+            .verify_qcow2(&image, ByteSize::from_mib(1))
+            .await
+            .unwrap_err();
+        assert!(error.hint_text().unwrap().contains("qemu-utils"));
+    }
+
+    #[tokio::test]
+    async fn a_dropped_run_is_killed_and_a_slow_one_too() {
+        let folder = tempfile::tempdir().unwrap();
+        let pid_file = folder.path().join("pid");
+        // The size limit of inspections forbids the script to write a file; convert may.
+        let tool = fake(
+            folder.path(),
+            &format!("echo $$ > {}; exec sleep 1000", pid_file.display()),
+        );
+        let running = || {
+            let pid = std::fs::read_to_string(&pid_file).unwrap();
+            // A zombie that is not reaped yet is dead too.
+            std::fs::read_to_string(format!("/proc/{}/stat", pid.trim()))
+                .is_ok_and(|stat| !stat.contains(") Z"))
+        };
+        let (from, to) = (folder.path().join("from"), folder.path().join("to"));
+        let flatten = |deadline| tool.flatten(&from, &to, ByteSize::from_mib(1), deadline);
+        let error = flatten(Duration::from_millis(300)).await.unwrap_err();
+        assert!(error.message().contains("in its time"), "{error}");
+        while running() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        std::fs::remove_file(&pid_file).unwrap();
+        tokio::select! {
+            result = flatten(Duration::from_secs(1000)) => panic!("{result:?}"),
+            () = async {
+                while std::fs::read_to_string(&pid_file).unwrap_or_default().is_empty() {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            } => {}
+        }
+        while running() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}

@@ -23,8 +23,8 @@ use ghost_domain::vm::CloudInit;
 use ghost_domain::{ByteSize, Error, ErrorCode, ImageFormat, Result, VmId};
 
 use crate::images::files::{
-    RemoveOnDrop, blocking, io_error, make_passable_folder, open_plain, publish, remove_if_there,
-    sync_folder, write_whole,
+    RemoveOnDrop, blocking, blocking_long, io_error, make_passable_folder, open_plain, publish,
+    remove_if_there, sync_folder, write_whole,
 };
 use crate::images::header::{HEAD_LENGTH, Qcow2Header};
 use crate::images::qemu_img::QemuImg;
@@ -253,7 +253,7 @@ impl VmStorage for DirectoryVmStorage {
     async fn remove(&self, vm: VmId) -> Result<()> {
         let folder = self.folder(vm);
         let vms = self.vms.clone();
-        blocking(move |_| {
+        blocking_long(move |_| {
             // Unlinks a link instead of following it, at the top and anywhere below; takes no
             // new space, so it works on a full disk.
             let gone = match fs::symlink_metadata(&folder) {

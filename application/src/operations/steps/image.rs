@@ -228,7 +228,12 @@ impl Step for ImportImage {
         let origin = ImageOrigin::Imported {
             file_name: self.file_name.clone(),
         };
-        record(context, &self.name, content, origin).await.map(drop)
+        record(context, &self.name, content, origin).await?;
+        // Recorded: the cache need not know any more what became of the upload.
+        if let Err(error) = context.ports.images.discard(&self.staged).await {
+            tracing::warn!(%error, "a staging file stays behind until the next start");
+        }
+        Ok(())
     }
 
     async fn undo(&self, context: &StepContext) -> Result<()> {

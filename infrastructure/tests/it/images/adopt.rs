@@ -103,7 +103,7 @@ async fn snapshots_and_unclean_images_are_made_flat() {
 #[tokio::test]
 async fn compressed_uploads_are_unpacked() {
     let fixture = Fixture::new();
-    let disk = raw_disk(16);
+    let disk = raw_disk(6);
     let image = qcow2_disk(8, &[]);
     for compress in [gzip, xz, zstd] {
         let content = fixture.import(&compress(&disk)).await.unwrap();
@@ -112,7 +112,7 @@ async fn compressed_uploads_are_unpacked() {
         assert_eq!(content.digest.to_string(), sha256(&image));
     }
     // Several members in one file are one stream: gzip, xz and zstd all say so.
-    let (first, second) = disk.split_at(5 << 20);
+    let (first, second) = disk.split_at(2 << 20);
     for compress in [gzip, xz, zstd] {
         let mut joined = compress(first);
         joined.extend(compress(second));
@@ -126,13 +126,13 @@ async fn compressed_uploads_are_unpacked() {
 #[tokio::test]
 async fn bombs_are_refused_early() {
     let fixture = Fixture::with(|options| {
-        options.decompression.max_output = ByteSize::from_mib(64);
-        options.decompression.ratio_floor = ByteSize::from_mib(8);
+        options.decompression.max_output = ByteSize::from_mib(16);
+        options.decompression.ratio_floor = ByteSize::from_mib(2);
     });
-    let zeros = vec![0u8; 32 << 20];
-    let long = vec![0u8; 80 << 20];
+    let zeros = vec![0u8; 8 << 20];
+    let long = vec![0u8; 20 << 20];
     let mut random_then_zeros = raw_disk(1);
-    random_then_zeros.resize(48 << 20, 0xff);
+    random_then_zeros.resize(40 << 20, 0xff);
     let mut bombs = Vec::new();
     for compress in [gzip, xz, zstd] {
         // Too large by ratio, by absolute size, with a decent start, and nested.
@@ -352,4 +352,45 @@ async fn a_damaged_file_of_the_cache_hides_no_other() {
         fixture.cache.get(&digest).await.unwrap_err().code(),
         ErrorCode::IoFailed
     );
+}
+
+/// A kill between the publication and the record of it: the step is repeated (fault F1).
+#[tokio::test]
+async fn an_adoption_can_be_repeated_until_it_is_discarded() {
+    let fixture = Fixture::new();
+    for bytes in [raw_disk(1), gzip(&raw_disk(2))] {
+        let staged = fixture.cache.stage().await.unwrap();
+        fixture.cache.append(&staged, &bytes).await.unwrap();
+        let first = fixture.cache.adopt(&staged, Sink::new()).await.unwrap();
+        assert!(
+            !fixture.staging().join(&staged).exists(),
+            "the bytes are consumed"
+        );
+        fixture
+            .cache
+            .sweep(std::slice::from_ref(&staged))
+            .await
+            .unwrap();
+        assert_eq!(
+            fixture.cache.adopt(&staged, Sink::new()).await.unwrap(),
+            first
+        );
+        // The kill came before the rename: the upload is still there, the image is not.
+        fixture.cache.remove(&first.digest).await.unwrap();
+        std::fs::write(fixture.staging().join(&staged), &bytes).unwrap();
+        assert_eq!(
+            fixture.cache.adopt(&staged, Sink::new()).await.unwrap(),
+            first
+        );
+        fixture.cache.discard(&staged).await.unwrap();
+        assert_eq!(fixture.staged(), Vec::<String>::new());
+        let error = fixture.cache.adopt(&staged, Sink::new()).await.unwrap_err();
+        assert_eq!(error.code(), ErrorCode::IoFailed, "{error}");
+    }
+    // Nobody names it any more: swept.
+    let staged = fixture.cache.stage().await.unwrap();
+    fixture.cache.append(&staged, &raw_disk(1)).await.unwrap();
+    fixture.cache.adopt(&staged, Sink::new()).await.unwrap();
+    fixture.cache.sweep(&[]).await.unwrap();
+    assert_eq!(fixture.staged(), Vec::<String>::new());
 }

@@ -86,7 +86,9 @@ impl Fixture {
         for piece in bytes.chunks(1 << 20) {
             self.cache.append(&staged, piece).await?;
         }
-        self.cache.adopt(&staged, Sink::new()).await
+        let content = self.cache.adopt(&staged, Sink::new()).await?;
+        self.cache.discard(&staged).await?;
+        Ok(content)
     }
 }
 
