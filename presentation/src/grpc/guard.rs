@@ -114,7 +114,9 @@ where
                 let answer = pass(&watch, method, inner, request).await;
                 let mut response = answer.unwrap_or_else(|error| to_status(&error).into_http());
                 let shape = method.map_or(Shape::Unary, |method| method.shape);
-                complete(&mut response);
+                if !name.starts_with("/grpc.") {
+                    complete(&mut response);
+                }
                 if let Ok(value) = HeaderValue::from_str(&id) {
                     response.headers_mut().insert(REQUEST_ID, value);
                 }
@@ -285,7 +287,8 @@ async fn hold(
 }
 
 /// Gives errors that tonic made by itself (a body that does not decode, a message that is too
-/// large) the details that all of ours have.
+/// large) the details that all of ours have. The standard services keep their own: their clients
+/// know them.
 fn complete(response: &mut Response<Body>) {
     if response.headers().contains_key(Status::GRPC_STATUS_DETAILS) {
         return;

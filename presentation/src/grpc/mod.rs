@@ -102,6 +102,11 @@ pub async fn serve(
     shutdown: CancellationToken,
 ) -> Result<()> {
     let (health, health_service) = tonic_health::server::health_reporter();
+    for service in SERVICES {
+        health
+            .set_service_status(*service, ServingStatus::Serving)
+            .await;
+    }
     let watch = Arc::new(Watch {
         use_cases: Arc::clone(&use_cases),
         recorder,

@@ -1,0 +1,108 @@
+//! Every route against every identity. The routes come from the table, which a unit test holds to
+//! the OpenAPI document.
+
+use ghost_domain::Principal;
+use ghost_presentation::Access;
+use ghost_presentation::http::routes::ROUTES;
+
+use super::*;
+use crate::world::unknown_key;
+
+async fn status_of(shell: &Shell, method: &str, path: &str, key: Option<&str>) -> (u16, String) {
+    let path = path
+        .replace("{vm}", "web")
+        .replace("{name}", "tiny")
+        .replace("{id}", "0");
+    let mut request = Request::builder().method(method).uri(path);
+    if let Some(key) = key {
+        request = request.header("x-api-key", key);
+    }
+    let response = shell
+        .router
+        .clone()
+        .oneshot(request.body(Body::empty()).unwrap())
+        .await
+        .unwrap();
+    let status = response.status();
+    if status.is_success() {
+        // Streams have no end to read to.
+        return (status.as_u16(), String::new());
+    }
+    let body = axum::body::to_bytes(response.into_body(), 1 << 20)
+        .await
+        .unwrap();
+    let problem: serde_json::Value = serde_json::from_slice(&body).unwrap();
+    (
+        status.as_u16(),
+        problem["code"].as_str().unwrap_or_default().to_owned(),
+    )
+}
+
+#[tokio::test]
+async fn every_route_against_every_identity() {
+    let shell = Shell::new().await;
+    let world = &shell.world;
+    let revoked = world.key(Role::Admin).await;
+    let id = revoked.split('_').nth(1).unwrap();
+    let revoke = &world.use_cases().revoke_key;
+    revoke.execute(&Principal::agent(), id).await.unwrap();
+    let callers = [
+        ("none", None, None),
+        ("garbage", Some("nonsense".to_owned()), None),
+        ("unknown", Some(unknown_key().expose().to_owned()), None),
+        ("revoked", Some(revoked), None),
+        (
+            "viewer",
+            Some(world.key(Role::Viewer).await),
+            Some(Role::Viewer),
+        ),
+        (
+            "operator",
+            Some(world.key(Role::Operator).await),
+            Some(Role::Operator),
+        ),
+        (
+            "admin",
+            Some(world.key(Role::Admin).await),
+            Some(Role::Admin),
+        ),
+    ];
+    for (name, key, role) in &callers {
+        for route in ROUTES {
+            let (status, code) = status_of(&shell, route.method, route.path, key.as_deref()).await;
+            let what = format!("{name}: {} {}", route.method, route.path);
+            match (route.access, role) {
+                (Access::Role(_), None) => {
+                    assert_eq!((status, code.as_str()), (401, "unauthenticated"), "{what}");
+                }
+                (Access::Role(needed), Some(role)) if *role < needed => {
+                    assert_eq!(
+                        (status, code.as_str()),
+                        (403, "permission_denied"),
+                        "{what}"
+                    );
+                }
+                (Access::Anyone, _) | (Access::Role(_), Some(_)) => {
+                    assert!(status != 401 && status != 403, "{what}: {status} {code}");
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_wrong_secret_of_a_known_key_is_refused_like_an_unknown_one() {
+    let shell = Shell::new().await;
+    let mut wrong = shell.key.clone();
+    let last = wrong.pop().unwrap();
+    wrong.push(if last == '0' { '1' } else { '0' });
+    let ask = async |key: &str| {
+        let request = Request::get("/v1/vms").header("authorization", format!("Bearer {key}"));
+        let answer = shell.send(request.body(Body::empty()).unwrap()).await;
+        assert_eq!(answer.headers["www-authenticate"], "Bearer realm=\"ghost\"");
+        (answer.status, answer.json())
+    };
+    let known = ask(&wrong).await;
+    assert_eq!(known.0, StatusCode::UNAUTHORIZED);
+    assert_eq!(known, ask(unknown_key().expose()).await);
+}

@@ -1,0 +1,14 @@
+//! The shells against the real use cases, over fake ports: gRPC through a real Unix socket and real
+//! mTLS, HTTP through the router and through real connections.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "tests fail by panicking; clippy's exception covers #[test] functions but not their helpers"
+)]
+
+mod errors;
+mod grpc;
+mod http;
+mod metrics;
+mod world;
