@@ -289,6 +289,21 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn the_kernel_tells_the_peers_groups() {
+        // Both ends are this process, whose groups are known by another way.
+        let (one, _other) = UnixStream::pair().unwrap();
+        let mut told = peer_groups(&one).unwrap();
+        let mut own: Vec<u32> = rustix::process::getgroups()
+            .unwrap()
+            .into_iter()
+            .map(rustix::process::Gid::as_raw)
+            .collect();
+        told.sort_unstable();
+        own.sort_unstable();
+        assert_eq!(told, own);
+    }
+
+    #[tokio::test]
     async fn the_group_owns_the_file_and_the_peer_is_known() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("agent.sock");
@@ -304,5 +319,59 @@ mod tests {
         let (_, peer) = accepted.unwrap();
         assert_eq!(peer.uid, own);
         assert_eq!(peer.role, Some(Role::Admin));
+    }
+
+    /// Connects as another user and says who was seen; `None` where the kernel refused.
+    async fn as_user(socket: &LocalSocket, identity: &[&str]) -> Option<LocalPeer> {
+        let connect = "use Socket; socket(my $s, AF_UNIX, SOCK_STREAM, 0) or exit 3; \
+             connect($s, sockaddr_un($ARGV[0])) or exit 4; sysread($s, my $b, 1);";
+        let mut child = tokio::process::Command::new("setpriv")
+            .args(identity)
+            .args(["perl", "-e", connect])
+            .arg(socket.path())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        tokio::select! {
+            accepted = socket.accept() => Some(accepted.unwrap().1),
+            ended = child.wait() => {
+                assert_eq!(ended.unwrap().code(), Some(4), "the client could not try");
+                None
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn other_users_are_let_in_by_their_groups_only() {
+        if rustix::process::geteuid().as_raw() != 0 {
+            println!("skipped: only root can try the socket as other users");
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
+        // A group that Debian always has and nobody is in.
+        let socket = LocalSocket::bind(&folder.path().join("agent.sock"), "games").unwrap();
+        let games = format!("--groups={}", group_id("games").unwrap());
+        let nobody = ["--reuid=65534", "--regid=65534"];
+
+        let seen = as_user(&socket, &[nobody[0], nobody[1], &games])
+            .await
+            .unwrap();
+        assert_eq!((seen.uid, seen.role), (65534, Some(Role::Operator)));
+        assert_eq!(
+            as_user(&socket, &[nobody[0], nobody[1], "--clear-groups"]).await,
+            None
+        );
+
+        // Were the file's mode loosened, the role would still be missing.
+        fs::set_permissions(socket.path(), Permissions::from_mode(0o666)).unwrap();
+        let seen = as_user(&socket, &[nobody[0], nobody[1], "--clear-groups"])
+            .await
+            .unwrap();
+        assert_eq!((seen.uid, seen.role), (65534, None));
+        let seen = as_user(&socket, &["--reuid=0", "--clear-groups"])
+            .await
+            .unwrap();
+        assert_eq!((seen.name.as_str(), seen.role), ("root", Some(Role::Admin)));
     }
 }

@@ -346,20 +346,22 @@ struct End {
 }
 
 impl End {
-    fn tell(&mut self, code: Code) {
+    fn tell(&mut self, status: Code) {
         if std::mem::replace(&mut self.told, true) {
             return;
         }
         let took = self.begun.elapsed();
-        let code = code_name(code);
+        let code = code_name(status);
         self.span.record("rpc.code", code);
         self.recorder.rpc(self.method, code, self.shape, took);
         let _entered = self.span.enter();
-        tracing::debug!(
-            code,
-            took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
-            "answered"
-        );
+        let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+        // Who is turned away is worth a line by itself; all else can be asked for.
+        if matches!(status, Code::Unauthenticated | Code::PermissionDenied) {
+            tracing::info!(code, took_ms, "refused");
+        } else {
+            tracing::debug!(code, took_ms, "answered");
+        }
     }
 }
 

@@ -68,11 +68,13 @@ pub(super) async fn guard(
         within.record("http.response.status_code", status);
         let took = begun.elapsed();
         shell.recorder.http(verb, path, status, took);
-        tracing::debug!(
-            status,
-            took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
-            "answered"
-        );
+        let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+        // Who is turned away is worth a line by itself; all else can be asked for.
+        if matches!(status, 401 | 403) {
+            tracing::info!(status, took_ms, "refused");
+        } else {
+            tracing::debug!(status, took_ms, "answered");
+        }
         response
     }
     .instrument(span)

@@ -1,7 +1,7 @@
 //! What calls answer, and how they end.
 
-use std::sync::Mutex;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
 use futures::StreamExt;
@@ -154,7 +154,7 @@ async fn an_upload_arrives_whole_and_a_broken_one_is_thrown_away() {
         let status = images.import(tokio_stream::iter(bad)).await.unwrap_err();
         assert_eq!(reason(&status), code);
     }
-    let knobs = shared(&served.world.knobs);
+    let knobs = Arc::clone(&served.world.knobs);
     until("two uploads were begun and thrown away", || {
         knobs.discarded.load(Ordering::SeqCst) >= 2
     })
@@ -249,7 +249,7 @@ async fn a_connection_does_not_outlast_its_certificate() {
 
 #[tokio::test]
 async fn the_request_id_comes_back_and_the_trace_is_handed_on() {
-    let traces = shared(Mutex::new(Vec::new()));
+    let traces = Arc::new(Mutex::new(Vec::new()));
     let seen = Arc::clone(&traces);
     let served = Served::with(|options| {
         options.trace = Some(Arc::new(move |headers, _| {

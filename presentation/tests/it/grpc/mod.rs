@@ -7,7 +7,6 @@ mod tls;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
 use ghost_presentation::grpc::{Options, serve};
@@ -131,8 +130,4 @@ async fn until(what: &str, condition: impl Fn() -> bool) {
         }
     });
     assert!(waited.await.is_ok(), "{what}");
-}
-
-fn shared<T>(value: T) -> Arc<T> {
-    Arc::new(value)
 }

@@ -4,8 +4,6 @@ mod requests;
 mod roles;
 mod server;
 
-use std::sync::Arc;
-
 use axum::Router;
 use axum::body::Body;
 use axum::http::{HeaderMap, Request, StatusCode};
@@ -96,8 +94,4 @@ impl Shell {
         self.send(request.body(Body::from(body.to_owned())).unwrap())
             .await
     }
-}
-
-fn shared<T>(value: T) -> Arc<T> {
-    Arc::new(value)
 }

@@ -266,7 +266,6 @@ async fn an_upload_is_streamed_and_a_broken_one_is_thrown_away() {
     ]);
     let answer = shell.send(upload("other", Body::from_stream(broken))).await;
     assert_eq!(answer.code(), "invalid_argument");
-    let knobs = shared(knobs);
     let thrown = tokio::time::timeout(Duration::from_secs(20), async {
         while knobs.discarded.load(Ordering::SeqCst) == 0 {
             tokio::time::sleep(Duration::from_millis(5)).await;
