@@ -7,4 +7,5 @@ pub mod images;
 pub mod libvirt;
 pub mod simulated;
 pub mod store;
+pub mod telemetry;
 pub mod vm_storage;

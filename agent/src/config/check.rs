@@ -1,0 +1,106 @@
+//! Rules between keys. What depends on the host (ports taken, folders that cannot be made, more
+//! reserved than there is) is not judged here: a configuration is right or wrong by itself.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use super::{Config, Listen, Origin, Problem};
+
+/// Adds a problem for every broken rule.
+pub(super) fn check(
+    config: &Config,
+    origins: &BTreeMap<String, Origin>,
+    problems: &mut Vec<Problem>,
+) {
+    let mut problem = |path: &str, message: String, hint: String| {
+        problems.push(Problem {
+            origin: origins.get(path).cloned().unwrap_or(Origin::Default),
+            path: path.into(),
+            message,
+            hint: Some(hint),
+        });
+    };
+
+    let open = "it listens beyond this host without TLS";
+    if !config.grpc.listen.is_loopback() && !config.grpc.tls && !config.grpc.insecure {
+        problem(
+            "grpc.listen",
+            open.into(),
+            "set grpc.tls: true, or accept that with grpc.insecure: true".into(),
+        );
+    }
+    if !config.http.listen.is_loopback() && !config.http.tls && !config.http.insecure {
+        problem(
+            "http.listen",
+            open.into(),
+            "set http.tls: true, or accept that with http.insecure: true".into(),
+        );
+    }
+    if !config.metrics.listen.is_loopback() && !config.metrics.insecure {
+        problem(
+            "metrics.listen",
+            open.into(),
+            "listen on 127.0.0.1, or accept that with metrics.insecure: true".into(),
+        );
+    }
+
+    let listeners = [
+        ("grpc.listen", config.grpc.listen),
+        ("http.listen", config.http.listen),
+        ("metrics.listen", config.metrics.listen),
+    ];
+    for (at, (path, listen)) in listeners.iter().enumerate() {
+        for (other_path, other) in listeners.iter().take(at) {
+            if collide(*listen, *other) {
+                problem(
+                    path,
+                    format!("{other_path} listens on the same port"),
+                    "choose another port for one of them".into(),
+                );
+            }
+        }
+    }
+
+    if config.libvirt.workers == 0 || config.libvirt.workers > 64 {
+        problem(
+            "libvirt.workers",
+            "1 to 64 workers are possible".into(),
+            "leave it out for 4".into(),
+        );
+    }
+    if config.libvirt.call_timeout < Duration::from_secs(1) {
+        problem(
+            "libvirt.call_timeout",
+            "libvirt needs up to some seconds for a call".into(),
+            "write at least 1s".into(),
+        );
+    }
+    if config.grpc.max_connections == 0 {
+        problem(
+            "grpc.max_connections",
+            "nobody could connect".into(),
+            "write grpc.listen: off to close the listener".into(),
+        );
+    }
+    if config.telemetry.timeout.is_zero() {
+        problem(
+            "telemetry.timeout",
+            "no delivery could ever succeed".into(),
+            "write for example 5s".into(),
+        );
+    }
+}
+
+/// Whether two listeners want the same port of the same address.
+fn collide(one: Listen, other: Listen) -> bool {
+    match (one.address(), other.address()) {
+        (Some(one), Some(other)) => {
+            one.port() != 0
+                && one.port() == other.port()
+                && (one.ip() == other.ip()
+                    || one.ip().is_unspecified()
+                    || other.ip().is_unspecified())
+        }
+        _ => false,
+    }
+}

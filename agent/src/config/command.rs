@@ -1,0 +1,138 @@
+//! `ghost-agent config check|show`.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use super::schema::{Visitor, environment_name};
+use super::value::Leaf;
+use super::{Config, DEFAULT_FILE, EXIT_CONFIG, Loaded, Origin, load};
+
+/// What to do with the configuration.
+#[derive(Clone, Debug, clap::Subcommand)]
+pub(crate) enum Command {
+    /// Say whether a configuration can be used, and everything that is wrong with it.
+    ///
+    /// Exit codes: 0 it can be used, 78 (EX_CONFIG) it cannot.
+    Check {
+        /// The file.
+        #[arg(default_value = DEFAULT_FILE)]
+        file: PathBuf,
+    },
+    /// Show the values that the agent would use, each with where it came from.
+    ///
+    /// The output is itself a configuration. Exit codes: 0 done, 78 (EX_CONFIG) the configuration
+    /// cannot be used.
+    Show {
+        /// The file.
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+        /// List each key with the variable of the environment that overrules it.
+        #[arg(long)]
+        environment: bool,
+    },
+}
+
+/// Carries it out; data goes to `out`, problems to `errors`. Returns the exit code.
+///
+/// # Errors
+/// When nothing can be written.
+pub(crate) fn execute(
+    command: &Command,
+    out: &mut dyn Write,
+    errors: &mut dyn Write,
+) -> std::io::Result<u8> {
+    let file = match command {
+        Command::Check { file } => Some(file.as_path()),
+        Command::Show { config, .. } => config.as_deref(),
+    };
+    let loaded = match load(file) {
+        Ok(loaded) => loaded,
+        Err(faults) => {
+            writeln!(errors, "{faults}")?;
+            return Ok(EXIT_CONFIG);
+        }
+    };
+    match command {
+        Command::Check { file } => writeln!(out, "{}: ok", file.display())?,
+        Command::Show { environment, .. } => out.write_all(show(loaded, *environment).as_bytes())?,
+    }
+    Ok(0)
+}
+
+fn show(loaded: Loaded, environment: bool) -> String {
+    struct Writer {
+        loaded: Loaded,
+        environment: bool,
+        out: String,
+    }
+
+    impl Writer {
+        fn line(&mut self, path: &str, value: &str, comment: &str) {
+            let depth = path.matches('.').count();
+            let key = path.rsplit('.').next().unwrap_or(path);
+            let text = format!("{:indent$}{key}:{value}", "", indent = depth * 2);
+            if comment.is_empty() {
+                self.out.push_str(&text);
+            } else {
+                self.out.push_str(&format!("{text:<48}  # {comment}"));
+            }
+            self.out.push('\n');
+        }
+    }
+
+    impl Visitor for Writer {
+        fn section(&mut self, path: &str) {
+            self.line(path, "", "");
+        }
+
+        fn leaf(&mut self, path: &str, value: &mut dyn Leaf) {
+            let comment = if self.environment {
+                environment_name(path)
+            } else {
+                match (self.loaded.origins.get(path), &self.loaded.file) {
+                    (Some(Origin::File { line, .. }), Some(file)) => {
+                        format!("{}:{line}", file.display())
+                    }
+                    (Some(Origin::Environment(name)), _) => name.clone(),
+                    _ => "default".into(),
+                }
+            };
+            let shown = format!(" {}", value.show());
+            self.line(path, &shown, &comment);
+        }
+    }
+
+    let mut config: Config = loaded.config.clone();
+    let mut writer = Writer {
+        loaded,
+        environment,
+        out: String::new(),
+    };
+    config.visit(&mut writer);
+    writer.out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::load_from;
+    use super::*;
+    use std::collections::BTreeMap;
+    use std::path::Path;
+
+    #[test]
+    fn what_is_shown_is_the_same_configuration_with_its_origins() {
+        let text = "grpc:\n  listen: 127.0.0.1:1\nagent:\n  name: \"12\"\n";
+        let environment =
+            BTreeMap::from([("GHOST_STORE__ENGINE".to_owned(), "redb".to_owned())]);
+        let loaded = load_from(Some((Path::new("/x.yaml"), text)), environment).unwrap();
+        let shown = show(loaded.clone(), false);
+        assert!(shown.contains("  listen: 127.0.0.1:1"), "{shown}");
+        let line = |key: &str| shown.lines().find(|line| line.trim().starts_with(key)).unwrap();
+        assert!(line("name: \"12\"").ends_with("# /x.yaml:4"), "{shown}");
+        assert!(line("engine: redb").ends_with("# GHOST_STORE__ENGINE"), "{shown}");
+        assert!(line("data_dir:").ends_with("# default"), "{shown}");
+        let again = load_from(Some((Path::new("/x.yaml"), &shown)), BTreeMap::new()).unwrap();
+        assert_eq!(again.config, loaded.config);
+        assert!(show(loaded, true).contains("# GHOST_RESOURCES__RESERVED__CPUS"));
+    }
+}

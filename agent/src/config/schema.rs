@@ -1,0 +1,257 @@
+//! Every key of the configuration: one struct for each section, with its defaults. The same lines
+//! make the structs, the reader, the list of known keys and the names of the environment.
+//!
+//! A key that is added here is at once readable, settable from the environment, shown by
+//! `config show` and missed by the test over `configs/agent.yaml` until it stands there.
+
+use std::time::Duration;
+
+use ghost_domain::ByteSize;
+use ghost_infrastructure::libvirt::AcceleratorChoice;
+use ghost_infrastructure::store::Engine;
+use ghost_infrastructure::telemetry::LogFormat;
+
+use super::value::{
+    AgentName, Endpoint, Fraction, FullPath, HypervisorUri, Leaf, LibvirtNetwork, Listen, LogLevel,
+    Ratio, ServerNames, SocketPath,
+};
+
+/// Walks over the keys.
+pub(super) trait Visitor {
+    /// A section begins.
+    fn section(&mut self, path: &str);
+    /// A key with a value.
+    fn leaf(&mut self, path: &str, value: &mut dyn Leaf);
+}
+
+/// A section, or a value: anything that stands under a key.
+pub(super) trait Part {
+    fn visit(&mut self, path: &str, visitor: &mut dyn Visitor);
+}
+
+impl<T: Leaf> Part for T {
+    fn visit(&mut self, path: &str, visitor: &mut dyn Visitor) {
+        visitor.leaf(path, self);
+    }
+}
+
+macro_rules! sections {
+    ($($(#[$doc:meta])* $name:ident {
+        $($(#[$field_doc:meta])* $field:ident: $kind:ident<$type:ty> = $default:expr,)*
+    })*) => {$(
+        $(#[$doc])*
+        #[derive(Clone, Debug, PartialEq)]
+        pub(crate) struct $name {
+            $($(#[$field_doc])* pub(crate) $field: $type,)*
+        }
+
+        impl Default for $name {
+            fn default() -> Self {
+                Self { $($field: $default,)* }
+            }
+        }
+
+        impl $name {
+            #[allow(unused_variables, reason = "a section may have no keys yet")]
+            fn walk(&mut self, path: &str, visitor: &mut dyn Visitor) {
+                $(
+                    let below = if path.is_empty() {
+                        stringify!($field).to_owned()
+                    } else {
+                        format!("{path}.{}", stringify!($field))
+                    };
+                    sections!(@visit $kind, self.$field, &below, visitor);
+                )*
+            }
+        }
+    )*};
+    (@visit section, $field:expr, $path:expr, $visitor:expr) => {
+        $visitor.section($path);
+        $field.walk($path, $visitor);
+    };
+    (@visit key, $field:expr, $path:expr, $visitor:expr) => {
+        $field.visit($path, $visitor);
+    };
+}
+
+sections! {
+    /// The whole configuration.
+    Config {
+        /// See [`Agent`].
+        agent: section<Agent> = Agent::default(),
+        /// See [`Libvirt`].
+        libvirt: section<Libvirt> = Libvirt::default(),
+        /// See [`Resources`].
+        resources: section<Resources> = Resources::default(),
+        /// See [`Images`].
+        images: section<Images> = Images::default(),
+        /// See [`Network`].
+        network: section<Network> = Network::default(),
+        /// See [`Grpc`].
+        grpc: section<Grpc> = Grpc::default(),
+        /// See [`Http`].
+        http: section<Http> = Http::default(),
+        /// See [`Metrics`].
+        metrics: section<Metrics> = Metrics::default(),
+        /// See [`Core`].
+        core: section<Core> = Core::default(),
+        /// See [`Guest`].
+        guest: section<Guest> = Guest::default(),
+        /// See [`Store`].
+        store: section<Store> = Store::default(),
+        /// See [`Logging`].
+        logging: section<Logging> = Logging::default(),
+        /// See [`Telemetry`].
+        telemetry: section<Telemetry> = Telemetry::default(),
+    }
+
+    /// The agent itself.
+    Agent {
+        /// What it is called; the host's name where it is left out.
+        name: key<Option<AgentName>> = None,
+        /// Where state, images and VMs lie.
+        data_dir: key<FullPath> = FullPath::new("/var/lib/ghost"),
+    }
+
+    /// How VMs are run.
+    Libvirt {
+        /// The address of libvirt.
+        uri: key<HypervisorUri> = HypervisorUri::Libvirt("qemu:///system".into()),
+        /// Hardware virtualisation or emulation.
+        accelerator: key<AcceleratorChoice> = AcceleratorChoice::Auto,
+        /// Longest time that one call may take.
+        call_timeout: key<Duration> = Duration::from_secs(20),
+        /// Calls that may be under way at once.
+        workers: key<u32> = 4,
+    }
+
+    /// What VMs may have.
+    Resources {
+        /// See [`Reserved`].
+        reserved: section<Reserved> = Reserved::default(),
+        /// See [`Overcommit`].
+        overcommit: section<Overcommit> = Overcommit::default(),
+    }
+
+    /// What stays with the owner of the machine.
+    Reserved {
+        /// CPUs.
+        cpus: key<u32> = 0,
+        /// Memory.
+        memory: key<ByteSize> = ByteSize::from_gib(1),
+        /// Disk space.
+        disk: key<ByteSize> = ByteSize::from_gib(5),
+    }
+
+    /// How many times over each resource may be promised.
+    Overcommit {
+        /// CPUs.
+        cpus: key<Ratio> = Ratio(400),
+        /// Memory.
+        memory: key<Ratio> = Ratio(100),
+        /// Disk space.
+        disk: key<Ratio> = Ratio(100),
+    }
+
+    /// The image cache.
+    Images {
+        /// The most that images may take before those that were not used for longest go.
+        cache_size: key<ByteSize> = ByteSize::from_gib(50),
+        /// The catalogue of official images; the built-in one where it is left out.
+        catalogue: key<Option<FullPath>> = None,
+        /// The largest disk that an image may show to a guest.
+        max_virtual_size: key<ByteSize> = ByteSize::from_gib(2048),
+        /// The largest file that is downloaded.
+        max_download: key<ByteSize> = ByteSize::from_gib(64),
+        /// The largest file that is uploaded.
+        max_upload: key<ByteSize> = ByteSize::from_gib(64),
+    }
+
+    /// The network of VMs.
+    Network {
+        /// The libvirt network behind Ghost's network `default`; made where it is absent.
+        name: key<LibvirtNetwork> = LibvirtNetwork("ghost-default".into()),
+    }
+
+    /// The gRPC API.
+    Grpc {
+        /// Where it listens, with mutual TLS.
+        listen: key<Listen> = Listen::All(9090),
+        /// The local socket, for root and the group `ghost`.
+        socket: key<SocketPath> = SocketPath(Some("/run/ghost/agent.sock".into())),
+        /// Whether the listener speaks TLS.
+        tls: key<bool> = true,
+        /// Whether it may listen beyond loopback without TLS.
+        insecure: key<bool> = false,
+        /// Names and addresses for its certificate, besides the host's own.
+        server_names: key<ServerNames> = ServerNames::default(),
+        /// Connections at once.
+        max_connections: key<u32> = 512,
+    }
+
+    /// The HTTP API.
+    Http {
+        /// Where it listens.
+        listen: key<Listen> = loopback(9092),
+        /// Whether it speaks TLS, with the agent's certificate.
+        tls: key<bool> = false,
+        /// Whether it may listen beyond loopback without TLS.
+        insecure: key<bool> = false,
+    }
+
+    /// Metrics for Prometheus.
+    Metrics {
+        /// Where they are served.
+        listen: key<Listen> = loopback(9091),
+        /// Whether it may listen beyond loopback, which it does without TLS.
+        insecure: key<bool> = false,
+    }
+
+    /// The link to Ghost Core; no keys yet.
+    Core {}
+
+    /// The agent inside guests; no keys yet.
+    Guest {}
+
+    /// Where state is kept.
+    Store {
+        /// The engine.
+        engine: key<Engine> = Engine::Sled,
+        /// Space held back for a full disk.
+        reserve: key<ByteSize> = ByteSize::from_mib(32),
+    }
+
+    /// The log, on standard error.
+    Logging {
+        /// Which lines.
+        level: key<LogLevel> = LogLevel("info".into()),
+        /// As what.
+        format: key<LogFormat> = LogFormat::Text,
+    }
+
+    /// Traces.
+    Telemetry {
+        /// The OTLP collector (gRPC); no traces are sent where it is left out.
+        otlp_endpoint: key<Option<Endpoint>> = None,
+        /// The part of traces that begin here and are sent.
+        sampling: key<Fraction> = Fraction(1.0),
+        /// How long one delivery may take.
+        timeout: key<Duration> = Duration::from_secs(5),
+    }
+}
+
+fn loopback(port: u16) -> Listen {
+    Listen::At((std::net::Ipv4Addr::LOCALHOST, port).into())
+}
+
+impl Config {
+    /// Visits every section and key, in the order of the file.
+    pub(super) fn visit(&mut self, visitor: &mut dyn Visitor) {
+        self.walk("", visitor);
+    }
+}
+
+/// The environment's name of a key: `GHOST_GRPC__LISTEN` for `grpc.listen`.
+pub(super) fn environment_name(path: &str) -> String {
+    format!("GHOST_{}", path.replace('.', "__").to_ascii_uppercase())
+}
