@@ -12,7 +12,7 @@ use ghost_domain::{ByteSize, EventKind, OperationKind, Overcommit, Reserved, Res
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::operations::{Engine, Failpoints, TraceHook};
+use crate::operations::{Engine, Failpoints};
 use crate::registry::{Model, Registry};
 use crate::supervise::Supervisor;
 use crate::{access, event, host, image, network, operation, vm};
@@ -51,8 +51,6 @@ pub struct Options {
     pub overcommit: Overcommit,
     /// Breaks operations on purpose, in tests.
     pub failpoints: Option<Failpoints>,
-    /// Ties an operation's trace to its request's.
-    pub trace: Option<TraceHook>,
 }
 
 /// Every use case, for the shells.
@@ -179,12 +177,7 @@ impl Application {
         if let Err(error) = ports.images.sweep(&staged).await {
             tracing::warn!(%error, "cannot sweep the staging folder");
         }
-        let engine = Engine::new(
-            Arc::clone(&registry),
-            ports.clone(),
-            options.failpoints,
-            options.trace,
-        );
+        let engine = Engine::new(Arc::clone(&registry), ports.clone(), options.failpoints);
         let supervisor = Supervisor {
             registry: Arc::clone(&registry),
             ports: ports.clone(),

@@ -23,7 +23,7 @@ mod supervise;
 pub mod vm;
 
 pub use application::{Application, Options, Ports, UseCases};
-pub use operations::{FailAction, FailMoment, FailSite, Failpoints, TraceHook};
+pub use operations::{FailAction, FailMoment, FailSite, Failpoints};
 pub use registry::{
     AddressView, ConditionView, HypervisorLink, ImageView, OperationView, StateSource, VmView,
 };

@@ -54,7 +54,9 @@ pub(crate) fn execute(
     };
     match command {
         Command::Check { file } => writeln!(out, "{}: ok", file.display())?,
-        Command::Show { environment, .. } => out.write_all(show(loaded, *environment).as_bytes())?,
+        Command::Show { environment, .. } => {
+            out.write_all(show(loaded, *environment).as_bytes())?
+        }
     }
     Ok(0)
 }
@@ -122,14 +124,21 @@ mod tests {
     #[test]
     fn what_is_shown_is_the_same_configuration_with_its_origins() {
         let text = "grpc:\n  listen: 127.0.0.1:1\nagent:\n  name: \"12\"\n";
-        let environment =
-            BTreeMap::from([("GHOST_STORE__ENGINE".to_owned(), "redb".to_owned())]);
+        let environment = BTreeMap::from([("GHOST_STORE__ENGINE".to_owned(), "redb".to_owned())]);
         let loaded = load_from(Some((Path::new("/x.yaml"), text)), environment).unwrap();
         let shown = show(loaded.clone(), false);
         assert!(shown.contains("  listen: 127.0.0.1:1"), "{shown}");
-        let line = |key: &str| shown.lines().find(|line| line.trim().starts_with(key)).unwrap();
+        let line = |key: &str| {
+            shown
+                .lines()
+                .find(|line| line.trim().starts_with(key))
+                .unwrap()
+        };
         assert!(line("name: \"12\"").ends_with("# /x.yaml:4"), "{shown}");
-        assert!(line("engine: redb").ends_with("# GHOST_STORE__ENGINE"), "{shown}");
+        assert!(
+            line("engine: redb").ends_with("# GHOST_STORE__ENGINE"),
+            "{shown}"
+        );
         assert!(line("data_dir:").ends_with("# default"), "{shown}");
         let again = load_from(Some((Path::new("/x.yaml"), &shown)), BTreeMap::new()).unwrap();
         assert_eq!(again.config, loaded.config);

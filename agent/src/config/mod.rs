@@ -173,11 +173,13 @@ fn load_from(
         check::check(&config, &reader.origins, &mut reader.problems);
     }
     if !reader.problems.is_empty() {
-        reader.problems.sort_by_key(|problem| match &problem.origin {
-            Origin::File { line, column } => (0, *line, *column, String::new()),
-            Origin::Default => (1, 0, 0, problem.path.clone()),
-            Origin::Environment(name) => (2, 0, 0, name.clone()),
-        });
+        reader
+            .problems
+            .sort_by_key(|problem| match &problem.origin {
+                Origin::File { line, column } => (0, *line, *column, String::new()),
+                Origin::Default => (1, 0, 0, problem.path.clone()),
+                Origin::Environment(name) => (2, 0, 0, name.clone()),
+            });
         return Err(faults(reader.problems));
     }
     Ok(Loaded {
@@ -387,26 +389,36 @@ fn nearest<'a>(text: &str, candidates: impl IntoIterator<Item = &'a str>) -> Opt
         .map(|(_, candidate)| candidate)
 }
 
-/// Levenshtein's distance: insertions, deletions and substitutions from one text to the other.
+/// Insertions, deletions, substitutions and swaps of neighbours from one text to the other
+/// (optimal string alignment).
 fn distance(one: &str, other: &str) -> usize {
+    let one: Vec<char> = one.chars().take(64).collect();
     let other: Vec<char> = other.chars().take(64).collect();
-    let mut row: Vec<usize> = (0..=other.len()).collect();
-    for (above, left) in one.chars().take(64).enumerate() {
-        let mut diagonal = above;
-        let mut last = above + 1;
-        for (cell, right) in row.iter_mut().skip(1).zip(&other) {
-            let best = (diagonal + usize::from(left != *right))
-                .min(*cell + 1)
-                .min(last + 1);
-            diagonal = *cell;
-            *cell = best;
-            last = best;
-        }
-        if let Some(first) = row.first_mut() {
-            *first = above + 1;
+    // rows[i][j]: from the first i characters of one to the first j of the other.
+    let mut rows: Vec<Vec<usize>> = vec![(0..=other.len()).collect()];
+    let cell = |rows: &[Vec<usize>], i: usize, j: usize| -> usize {
+        rows.get(i)
+            .and_then(|row| row.get(j))
+            .copied()
+            .unwrap_or(usize::MAX / 2)
+    };
+    for (i, left) in one.iter().enumerate() {
+        rows.push(vec![i + 1]);
+        for (j, right) in other.iter().enumerate() {
+            let mut best = (cell(&rows, i, j) + usize::from(left != right))
+                .min(cell(&rows, i, j + 1) + 1)
+                .min(cell(&rows, i + 1, j) + 1);
+            let swapped =
+                i > 0 && j > 0 && one.get(i - 1) == Some(right) && other.get(j - 1) == Some(left);
+            if swapped {
+                best = best.min(cell(&rows, i - 1, j - 1) + 1);
+            }
+            if let Some(row) = rows.last_mut() {
+                row.push(best);
+            }
         }
     }
-    row.last().copied().unwrap_or_default()
+    cell(&rows, one.len(), other.len())
 }
 
 #[cfg(test)]

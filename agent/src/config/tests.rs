@@ -51,8 +51,19 @@ fn the_sections_are_those_of_the_contract() {
     assert_eq!(
         top,
         [
-            "agent", "libvirt", "resources", "images", "network", "grpc", "http", "metrics",
-            "core", "guest", "store", "logging", "telemetry"
+            "agent",
+            "libvirt",
+            "resources",
+            "images",
+            "network",
+            "grpc",
+            "http",
+            "metrics",
+            "core",
+            "guest",
+            "store",
+            "logging",
+            "telemetry"
         ]
     );
     let keys = known().keys;
@@ -93,7 +104,10 @@ fn every_key_can_be_set_from_the_environment() {
     assert!(shown.0.len() > 30);
     for (path, text) in &shown.0 {
         let name = environment_name(path);
-        assert!(name.bytes().all(|b| b.is_ascii_uppercase() || b == b'_'), "{name}");
+        assert!(
+            name.bytes().all(|b| b.is_ascii_uppercase() || b == b'_'),
+            "{name}"
+        );
         let loaded = load_text("", &[(&name, text)]).unwrap_or_else(|faults| panic!("{faults}"));
         assert_eq!(loaded.config, Config::default(), "{name}={text}");
         assert_eq!(loaded.origins[path], Origin::Environment(name.clone()));
@@ -105,14 +119,26 @@ fn every_key_can_be_set_from_the_environment() {
 #[test]
 fn the_environment_overrules_the_file_and_the_file_the_defaults() {
     let text = "grpc:\n  listen: 127.0.0.1:1\n  socket: /a\n";
-    let loaded = load_text(text, &[("GHOST_GRPC__LISTEN", "127.0.0.1:2"), ("GHOST_ENDPOINT", "x")])
-        .unwrap();
-    assert_eq!(loaded.config.grpc.listen.address(), "127.0.0.1:2".parse().ok());
+    let loaded = load_text(
+        text,
+        &[
+            ("GHOST_GRPC__LISTEN", "127.0.0.1:2"),
+            ("GHOST_ENDPOINT", "x"),
+        ],
+    )
+    .unwrap();
+    assert_eq!(
+        loaded.config.grpc.listen.address(),
+        "127.0.0.1:2".parse().ok()
+    );
     assert_eq!(loaded.config.grpc.socket.0, Some("/a".into()));
     assert_eq!(loaded.config.http, Config::default().http);
     assert_eq!(
         loaded.origins["grpc.socket"],
-        Origin::File { line: 3, column: 11 }
+        Origin::File {
+            line: 3,
+            column: 11
+        }
     );
 }
 
@@ -137,7 +163,10 @@ logging:
 telemetry:
   timeout: 30
 ";
-    let told = told(text, &[("GHOST_HTTP__LISTEN", "here"), ("GHOST_GPRC__LISTEN", ":1")]);
+    let told = told(
+        text,
+        &[("GHOST_HTTP__LISTEN", "here"), ("GHOST_GPRC__LISTEN", ":1")],
+    );
     let expected = [
         "error: the configuration has 12 problems",
         "agent.yaml:2:3: agent.nmae: there is no such key",
@@ -190,28 +219,43 @@ fn listeners_beyond_loopback_need_tls_or_an_explicit_word() {
 #[test]
 fn two_listeners_do_not_share_a_port() {
     let told = told("http: {listen: \"127.0.0.1:9090\"}\n", &[]);
-    assert!(told.contains("http.listen: grpc.listen listens on the same port"), "{told}");
-    load_text("grpc: {listen: \"127.0.0.1:0\"}\nhttp: {listen: \"127.0.0.1:0\"}\n", &[]).unwrap();
+    assert!(
+        told.contains("http.listen: grpc.listen listens on the same port"),
+        "{told}"
+    );
+    load_text(
+        "grpc: {listen: \"127.0.0.1:0\"}\nhttp: {listen: \"127.0.0.1:0\"}\n",
+        &[],
+    )
+    .unwrap();
 }
 
 #[test]
 fn off_and_null_and_quotes_mean_what_they_say() {
     let text = "grpc: {listen: off, socket: off}\nagent: {name: \"12\"}\nimages: {catalogue: null}\ncore:\nguest: {}\n";
-    let config = load_text(text, &[]).unwrap_or_else(|faults| panic!("{faults}")).config;
+    let config = load_text(text, &[])
+        .unwrap_or_else(|faults| panic!("{faults}"))
+        .config;
     assert_eq!(config.grpc.listen, Listen::Off);
     assert_eq!(config.grpc.socket.0, None);
     assert_eq!(config.agent.name.map(|name| name.0).as_deref(), Some("12"));
     assert_eq!(config.images.catalogue, None);
     let told = told("agent: {name: 12}\ncore: {endpoint: x}\n", &[]);
     assert!(told.contains("put it in quotes: \"12\""), "{told}");
-    assert!(told.contains("this section has no keys in this version"), "{told}");
+    assert!(
+        told.contains("this section has no keys in this version"),
+        "{told}"
+    );
 }
 
 #[test]
 fn what_is_no_yaml_or_no_map_is_told() {
     assert!(told("agent: [\n", &[]).contains("this is not valid YAML"));
     let told = told("- a\n- b\n", &[]);
-    assert!(told.contains("sections with keys are expected, not a list"), "{told}");
+    assert!(
+        told.contains("sections with keys are expected, not a list"),
+        "{told}"
+    );
     assert!(load_text("", &[]).is_ok());
 }
 
@@ -228,6 +272,7 @@ fn slips_are_found_and_strangers_are_not() {
     assert_eq!(nearest("data-dir", ["name", "data_dir"]), Some("data_dir"));
     assert_eq!(nearest("x", ["listen", "socket"]), None);
     assert_eq!(distance("kitten", "sitting"), 3);
+    assert_eq!(distance("nmae", "name"), 1);
 }
 
 proptest::proptest! {

@@ -132,9 +132,7 @@ impl<'de> Deserialize<'de> for Node {
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Node, A::Error> {
                 let mut entries = Vec::new();
-                while let Some((key, value)) =
-                    map.next_entry::<Spanned<Node>, Spanned<Node>>()?
-                {
+                while let Some((key, value)) = map.next_entry::<Spanned<Node>, Spanned<Node>>()? {
                     entries.push(Entry {
                         key: key
                             .value
@@ -233,7 +231,10 @@ mod tests {
     fn what_is_no_yaml_is_told_with_its_line() {
         let error = parse("a: 1\nb: [1, 2\nc: 3\n").unwrap_err();
         assert!(error.at.is_some_and(|at| at.line >= 2), "{error:?}");
-        assert!(!error.message.is_empty() && !error.message.contains("line"), "{error:?}");
+        assert!(
+            !error.message.is_empty() && !error.message.contains("line"),
+            "{error:?}"
+        );
         let error = parse("a: 1\nb: 2\na: 3\n").unwrap_err();
         assert_eq!(error.at.map(|at| at.line), Some(3), "{error:?}");
         assert!(error.message.contains("duplicate"), "{error:?}");

@@ -52,29 +52,32 @@ trait Scalar: Sized {
     fn to_text(&self) -> String;
 }
 
-impl<T: Scalar> Leaf for T {
-    fn read(&mut self, given: Given<'_>) -> Result<(), Refusal> {
-        let expected = |what: &str| {
-            refuse(
-                format!("a value is expected here, not {what}"),
-                format!("write for example {}", Self::EXAMPLE),
-            )
-        };
-        let text = match given {
-            Given::Environment(text) => text.to_owned(),
-            Given::File(node @ (Node::Number(_) | Node::Bool(_))) if !Self::PLAIN => {
-                let text = node.scalar().unwrap_or_default();
+fn scalar<T: Scalar>(given: Given<'_>) -> Result<T, Refusal> {
+    let text = match given {
+        Given::Environment(text) => text.to_owned(),
+        Given::File(node @ (Node::Number(_) | Node::Bool(_))) if !T::PLAIN => {
+            let text = node.scalar().unwrap_or_default();
+            return refuse(
+                format!("text is expected here, not {}", node.kind()),
+                format!("put it in quotes: \"{text}\""),
+            );
+        }
+        Given::File(node) => match node.scalar() {
+            Some(text) => text,
+            None => {
                 return refuse(
-                    format!("text is expected here, not {}", node.kind()),
-                    format!("put it in quotes: \"{text}\""),
+                    format!("a value is expected here, not {}", node.kind()),
+                    format!("write for example {}", T::EXAMPLE),
                 );
             }
-            Given::File(node) => match node.scalar() {
-                Some(text) => text,
-                None => return expected(node.kind()),
-            },
-        };
-        *self = Self::from_text(&text)?;
+        },
+    };
+    T::from_text(&text)
+}
+
+impl<T: Scalar> Leaf for T {
+    fn read(&mut self, given: Given<'_>) -> Result<(), Refusal> {
+        *self = scalar(given)?;
         Ok(())
     }
 
@@ -205,13 +208,18 @@ impl Scalar for Duration {
 
     fn to_text(&self) -> String {
         let milliseconds = self.as_millis();
-        [("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1_000)]
-            .into_iter()
-            .find(|(_, unit)| milliseconds != 0 && milliseconds.is_multiple_of(*unit))
-            .map_or_else(
-                || format!("{milliseconds}ms"),
-                |(name, unit)| format!("{}{name}", milliseconds / unit),
-            )
+        [
+            ("d", 86_400_000),
+            ("h", 3_600_000),
+            ("m", 60_000),
+            ("s", 1_000),
+        ]
+        .into_iter()
+        .find(|(_, unit)| milliseconds != 0 && milliseconds.is_multiple_of(*unit))
+        .map_or_else(
+            || format!("{milliseconds}ms"),
+            |(name, unit)| format!("{}{name}", milliseconds / unit),
+        )
     }
 }
 
@@ -549,33 +557,17 @@ impl Scalar for Endpoint {
 }
 
 /// A value that may be left to the agent: `null` in the file, nothing in the environment.
-impl<T: Leaf + Default> Leaf for Option<T> {
+impl<T: Scalar> Leaf for Option<T> {
     fn read(&mut self, given: Given<'_>) -> Result<(), Refusal> {
-        match given {
-            Given::File(Node::Null) | Given::Environment("") => *self = None,
-            given => {
-                let mut value = T::default();
-                value.read(given)?;
-                *self = Some(value);
-            }
-        }
+        *self = match given {
+            Given::File(Node::Null) | Given::Environment("") => None,
+            given => Some(scalar(given)?),
+        };
         Ok(())
     }
 
     fn show(&self) -> String {
         self.as_ref().map_or_else(|| "null".into(), Leaf::show)
-    }
-}
-
-impl Default for AgentName {
-    fn default() -> Self {
-        Self(String::new())
-    }
-}
-
-impl Default for Endpoint {
-    fn default() -> Self {
-        Self(String::new())
     }
 }
 
@@ -615,11 +607,7 @@ impl Leaf for ServerNames {
     }
 
     fn show(&self) -> String {
-        let names: Vec<_> = self
-            .0
-            .iter()
-            .map(|name| in_quotes(name))
-            .collect();
+        let names: Vec<_> = self.0.iter().map(|name| in_quotes(name)).collect();
         format!("[{}]", names.join(", "))
     }
 }
@@ -695,7 +683,9 @@ mod tests {
     fn read<T: Scalar>(text: &str) -> Result<String, String> {
         T::from_text(text)
             .map(|value| value.to_text())
-            .map_err(|refusal| format!("{} ({})", refusal.message, refusal.hint.unwrap_or_default()))
+            .map_err(|refusal| {
+                format!("{} ({})", refusal.message, refusal.hint.unwrap_or_default())
+            })
     }
 
     #[test]
@@ -704,7 +694,16 @@ mod tests {
         assert_eq!(read::<Duration>("120s").unwrap(), "2m");
         assert_eq!(read::<Duration>("1500ms").unwrap(), "1500ms");
         assert_eq!(read::<Duration>("0s").unwrap(), "0ms");
-        for bad in ["30", "", "s", "-1s", "1.5s", "1w", "99999999999999999999s", "400d"] {
+        for bad in [
+            "30",
+            "",
+            "s",
+            "-1s",
+            "1.5s",
+            "1w",
+            "99999999999999999999s",
+            "400d",
+        ] {
             assert!(read::<Duration>(bad).is_err(), "{bad}");
         }
     }
@@ -741,7 +740,10 @@ mod tests {
 
     #[test]
     fn hypervisors_are_of_this_host() {
-        assert_eq!(read::<HypervisorUri>("qemu:///system").unwrap(), "qemu:///system");
+        assert_eq!(
+            read::<HypervisorUri>("qemu:///system").unwrap(),
+            "qemu:///system"
+        );
         assert_eq!(
             HypervisorUri::from_text("simulated:/tmp/x").unwrap(),
             HypervisorUri::Simulated("/tmp/x".into())
@@ -761,7 +763,7 @@ mod tests {
 
     #[test]
     fn text_is_not_a_number() {
-        let mut name = AgentName::default();
+        let mut name = AgentName(String::new());
         let refusal = name
             .read(Given::File(&Node::Number("1.2".into())))
             .unwrap_err();
@@ -773,7 +775,9 @@ mod tests {
     #[test]
     fn server_names_are_names_or_addresses() {
         let mut names = ServerNames::default();
-        names.read(Given::Environment("a.example, 203.0.113.7")).unwrap();
+        names
+            .read(Given::Environment("a.example, 203.0.113.7"))
+            .unwrap();
         assert_eq!(names.show(), r#"["a.example", "203.0.113.7"]"#);
         for bad in ["-a", "a..b", "a b", "a/b"] {
             assert!(names.read(Given::Environment(bad)).is_err(), "{bad}");

@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
-use super::failpoint::{FailAction, FailMoment, FailSite, Failpoints, TraceHook};
+use super::failpoint::{FailAction, FailMoment, FailSite, Failpoints};
 use super::plan::{self, Plan, Weight};
 use super::step::{Step, StepContext};
 use crate::application::Ports;
@@ -67,7 +67,6 @@ pub(crate) struct Engine {
     registry: Arc<Registry>,
     ports: Ports,
     failpoints: Option<Failpoints>,
-    trace: Option<TraceHook>,
     running: Mutex<HashMap<OperationId, CancellationToken>>,
     tasks: TaskTracker,
     draining: CancellationToken,
@@ -87,13 +86,11 @@ impl Engine {
         registry: Arc<Registry>,
         ports: Ports,
         failpoints: Option<Failpoints>,
-        trace: Option<TraceHook>,
     ) -> Arc<Self> {
         Arc::new(Self {
             registry,
             ports,
             failpoints,
-            trace,
             running: Mutex::new(HashMap::new()),
             tasks: TaskTracker::new(),
             draining: CancellationToken::new(),
@@ -277,9 +274,6 @@ impl Engine {
             kind = operation.kind.name(),
             subject = %operation.subject,
         );
-        if let Some(hook) = &self.trace {
-            hook(&span);
-        }
         let engine = Arc::clone(self);
         self.tasks.spawn(
             async move {

@@ -65,7 +65,3 @@ pub enum FailAction {
 
 /// Decides what happens at a site; called at each of them.
 pub type Failpoints = std::sync::Arc<dyn Fn(&FailSite) -> FailAction + Send + Sync>;
-
-/// Called in the span of each operation that begins; lets the composition root tie the operation's
-/// trace to that of the request that asked for it.
-pub type TraceHook = std::sync::Arc<dyn Fn(&tracing::Span) + Send + Sync>;

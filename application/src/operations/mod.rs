@@ -18,6 +18,6 @@ mod step;
 mod steps;
 
 pub(crate) use engine::{Engine, Submission};
-pub use failpoint::{FailAction, FailMoment, FailSite, Failpoints, TraceHook};
+pub use failpoint::{FailAction, FailMoment, FailSite, Failpoints};
 pub(crate) use step::StepContext;
 pub(crate) use steps::{apply_change, check_disk};

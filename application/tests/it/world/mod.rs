@@ -172,7 +172,6 @@ impl World {
             },
             overcommit: Overcommit::default(),
             failpoints,
-            trace: None,
         };
         let application = Arc::new(Application::start(self.ports(), options).await.unwrap());
         let agent = Agent {

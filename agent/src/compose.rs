@@ -1,0 +1,171 @@
+//! The composition root: the only place that knows every layer. Turns the configuration into
+//! adapters, adapters into ports, ports into the application.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use ghost_application::{Application, Options, Ports};
+use ghost_domain::ports::{
+    CertificateAuthority, Clock, Hypervisor, ImageCatalogue, NetworkProvider, StateStore,
+};
+use ghost_domain::{Error, ErrorCode, Overcommit, Reserved, Result};
+use ghost_infrastructure::clock::SystemClock;
+use ghost_infrastructure::host::LinuxHost;
+use ghost_infrastructure::identity::Authority;
+use ghost_infrastructure::images::{DirectoryImageCache, FileImageCatalogue, ImageCacheOptions};
+use ghost_infrastructure::libvirt::{LibvirtHypervisor, LibvirtOptions};
+use ghost_infrastructure::simulated::{SimulatedHypervisor, SimulatedOptions};
+use ghost_infrastructure::store::{self, Helper, StoreOptions};
+use ghost_infrastructure::vm_storage::{DirectoryVmStorage, VmStorageOptions};
+
+use crate::config::{Config, HypervisorUri};
+
+/// What the rest of the agent needs of the composition.
+pub(crate) struct Composition {
+    pub(crate) application: Application,
+    pub(crate) authority: Arc<Authority>,
+}
+
+/// Reads and opens everything that blocks; call it outside async code. libvirt need not be there.
+pub(crate) struct Adapters {
+    ports: Ports,
+    authority: Arc<Authority>,
+}
+
+/// Opens the adapters.
+///
+/// # Errors
+/// What cannot be opened and why: the data folder, the store, the CA, the catalogue.
+pub(crate) fn adapters(config: &Config) -> Result<Adapters> {
+    let data_dir = config.agent.data_dir.path();
+    prepare_data_dir(data_dir)?;
+    let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
+    let store = open_store(config)?;
+    let authority = Arc::new(Authority::open(data_dir, Arc::clone(&clock))?);
+    let storage = Arc::new(DirectoryVmStorage::open(VmStorageOptions::new(data_dir))?);
+    let images = Arc::new(DirectoryImageCache::open(ImageCacheOptions {
+        max_virtual_size: config.images.max_virtual_size,
+        max_upload: config.images.max_upload,
+        max_download: config.images.max_download,
+        ..ImageCacheOptions::new(data_dir)
+    })?);
+    let catalogue: Arc<dyn ImageCatalogue> = Arc::new(match &config.images.catalogue {
+        Some(file) => FileImageCatalogue::with_file(file.path())?,
+        None => FileImageCatalogue::built_in()?,
+    });
+    let host = Arc::new(LinuxHost::new(data_dir));
+    let (hypervisor, networks) = hypervisor(config)?;
+    let ports = Ports {
+        hypervisor,
+        storage,
+        images,
+        image_cache_size: config.images.cache_size,
+        catalogue,
+        networks,
+        host,
+        store,
+        authority: Arc::clone(&authority) as Arc<dyn CertificateAuthority>,
+        clock,
+    };
+    Ok(Adapters { ports, authority })
+}
+
+impl Adapters {
+    /// Starts the application over the adapters.
+    ///
+    /// # Errors
+    /// `StoreUnavailable` where the state cannot be read.
+    pub(crate) async fn start(self, config: &Config) -> Result<Composition> {
+        let options = Options {
+            reserved: Reserved {
+                cpus: config.resources.reserved.cpus,
+                memory: config.resources.reserved.memory,
+                disk: config.resources.reserved.disk,
+            },
+            overcommit: Overcommit {
+                cpu_percent: config.resources.overcommit.cpus.percent(),
+                memory_percent: config.resources.overcommit.memory.percent(),
+                disk_percent: config.resources.overcommit.disk.percent(),
+            },
+            failpoints: crate::failpoints::from_environment()?,
+        };
+        let application = Application::start(self.ports, options).await?;
+        Ok(Composition {
+            application,
+            authority: self.authority,
+        })
+    }
+}
+
+/// libvirt, or the simulation.
+fn hypervisor(config: &Config) -> Result<(Arc<dyn Hypervisor>, Arc<dyn NetworkProvider>)> {
+    match &config.libvirt.uri {
+        HypervisorUri::Simulated(directory) => {
+            let simulated = SimulatedHypervisor::open(SimulatedOptions {
+                check_files: true,
+                console: true,
+                call_deadline: config.libvirt.call_timeout,
+                ..SimulatedOptions::new(directory)
+            })?;
+            let networks = simulated.networks();
+            Ok((Arc::new(simulated), Arc::new(networks)))
+        }
+        HypervisorUri::Libvirt(uri) => {
+            let libvirt = LibvirtHypervisor::start(LibvirtOptions {
+                uri: uri.clone(),
+                accelerator: config.libvirt.accelerator,
+                call_deadline: config.libvirt.call_timeout,
+                workers: usize::try_from(config.libvirt.workers).unwrap_or(usize::MAX),
+                default_network: config.network.name.0.clone(),
+                data_dir: Some(config.agent.data_dir.path().to_owned()),
+            })?;
+            let networks = libvirt.networks();
+            Ok((Arc::new(libvirt), Arc::new(networks)))
+        }
+    }
+}
+
+fn open_store(config: &Config) -> Result<Arc<dyn StateStore>> {
+    // The helper is this program itself: it opens the files first, so that a panic, a hang or an
+    // absurd allocation of the engine ends a process that nobody needs.
+    let helper = std::env::current_exe().ok().map(Helper::agent);
+    store::open(StoreOptions {
+        engine: config.store.engine,
+        helper,
+        ballast_bytes: config.store.reserve.bytes(),
+        ..StoreOptions::new(config.agent.data_dir.path().join("state"))
+    })
+}
+
+/// The data folder must be traversable by QEMU's user, and writable by nobody but us.
+pub(crate) fn prepare_data_dir(path: &Path) -> Result<()> {
+    use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+    let failed = |cause: &dyn std::fmt::Display| {
+        Error::new(
+            ErrorCode::IoFailed,
+            format!("the data folder {} cannot be used", path.display()),
+        )
+        .because(cause)
+        .hint("make it, or set agent.data_dir; ghost-agent must run as root")
+    };
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o711)
+        .create(path)
+        .map_err(|cause| failed(&cause))?;
+    let metadata = std::fs::metadata(path).map_err(|cause| failed(&cause))?;
+    if metadata.mode() & 0o022 != 0 {
+        return Err(
+            failed(&"others may write to it").hint(format!("chmod go-w {}", path.display()))
+        );
+    }
+    Ok(())
+}
+
+/// The host's own name.
+pub(crate) fn hostname() -> String {
+    rustix::system::uname()
+        .nodename()
+        .to_string_lossy()
+        .into_owned()
+}

@@ -1,0 +1,400 @@
+//! `ghost-agent run`: bind, compose, serve, drain.
+//!
+//! ```text
+//! lock data folder ─> bind all listeners ─> open adapters ─> start application ─> serve, READY
+//!      SIGTERM ─> refuse new work, finish short steps, checkpoint long ones (30 s) ─> end calls ─> exit 0
+//!      a second signal ─> at once; the journal stands
+//! ```
+//!
+//! Listeners are bound before anything is opened, so that a taken port is told before any work is
+//! done; they are served only once the application runs.
+
+use std::fs::File;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use ghost_application::UseCases;
+use ghost_domain::{Error, ErrorCode, Result};
+use ghost_infrastructure::identity::{ServerNames, ServerTls, parse_client_identity};
+use ghost_infrastructure::telemetry::{self, OtlpOptions, TelemetryOptions};
+use ghost_presentation::convert::AgentInfo;
+use ghost_presentation::metrics::Recorder;
+use ghost_presentation::{
+    ConnectionLimits, Listener, LocalSocket, PeerCertificate, SOCKET_GROUP, TraceParent, grpc,
+    http, metrics,
+};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::compose::{self, Adapters};
+use crate::config::{Config, Listen};
+use crate::notify::{self, Notifier};
+
+/// Few cores are ours, and what blocks has threads of its own.
+const WORKERS: usize = 2;
+/// How long operations may take to come to a point where they can be left.
+const DRAIN: Duration = Duration::from_secs(20);
+
+/// Everything that is bound before work begins.
+struct Bound {
+    local: Option<LocalSocket>,
+    grpc: Option<TcpListener>,
+    http: Option<TcpListener>,
+    metrics: Option<TcpListener>,
+}
+
+/// Runs the agent until it is told to end.
+///
+/// # Errors
+/// What kept it from starting, or a server that failed as a whole.
+pub(crate) fn run(config: Config) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(WORKERS)
+        .thread_name("ghost")
+        .enable_all()
+        .build()
+        .map_err(|cause| Error::internal("the async runtime cannot be started").because(cause))?;
+    // The exporter of traces needs the runtime to be there.
+    let telemetry = {
+        let _entered = runtime.enter();
+        telemetry::install(&telemetry_options(&config))?
+    };
+    let outcome = lock(&config).and_then(|_lock| runtime.block_on(serve(config)));
+    if let Err(error) = &outcome {
+        tracing::error!(code = %error.code(), %error, hint = error.hint_text(), "ghost-agent ends");
+    }
+    telemetry.shutdown(Duration::from_secs(2));
+    // What still blocks (a hung libvirt call) must not hold us.
+    runtime.shutdown_timeout(Duration::from_secs(2));
+    outcome
+}
+
+fn telemetry_options(config: &Config) -> TelemetryOptions {
+    let name = agent_name(config);
+    TelemetryOptions {
+        filter: config.logging.level.0.clone(),
+        format: config.logging.format,
+        otlp: config
+            .telemetry
+            .otlp_endpoint
+            .as_ref()
+            .map(|endpoint| OtlpOptions {
+                endpoint: endpoint.0.clone(),
+                timeout: config.telemetry.timeout,
+                sampling: config.telemetry.sampling.0,
+                service: "ghost-agent".into(),
+                version: env!("CARGO_PKG_VERSION").into(),
+                instance: name,
+            }),
+    }
+}
+
+/// The configured name, or the host's.
+fn agent_name(config: &Config) -> String {
+    config
+        .agent
+        .name
+        .as_ref()
+        .map_or_else(compose::hostname, |name| name.0.clone())
+}
+
+/// Two agents on one data folder would undo each other's work.
+fn lock(config: &Config) -> Result<File> {
+    let path = config.agent.data_dir.path().join("agent.lock");
+    compose::prepare_data_dir(config.agent.data_dir.path())?;
+    let failed = |cause: &dyn std::fmt::Display| {
+        Error::new(
+            ErrorCode::IoFailed,
+            format!("cannot lock {}", path.display()),
+        )
+        .because(cause)
+    };
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .map_err(|cause| failed(&cause))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => {
+            Err(failed(&"another ghost-agent runs on this data folder")
+                .hint("stop it first, or set another agent.data_dir"))
+        }
+        Err(std::fs::TryLockError::Error(cause)) => Err(failed(&cause)),
+    }
+}
+
+async fn serve(config: Config) -> Result<()> {
+    let config = Arc::new(config);
+    let mut signals = Signals::new()?;
+    let bound = bind(&config).await?;
+    let opening = Arc::clone(&config);
+    let adapters: Adapters = tokio::task::spawn_blocking(move || compose::adapters(&opening))
+        .await
+        .map_err(|cause| {
+            Error::internal("opening the adapters ended abnormally").because(cause)
+        })??;
+    let composition = adapters.start(&config).await?;
+    let use_cases = composition.application.use_cases();
+
+    let names = ServerNames {
+        configured: config.grpc.server_names.0.clone(),
+        hostname: compose::hostname(),
+        listen: bound
+            .grpc
+            .iter()
+            .filter_map(|listener| listener.local_addr().ok())
+            .map(|address| address.ip())
+            .collect(),
+    };
+    let tls = ServerTls::new(Arc::clone(&composition.authority), names)?;
+    let recorder = Recorder::new();
+    let stop = CancellationToken::new();
+    let mut servers = JoinSet::new();
+    spawn_servers(
+        &mut servers,
+        &config,
+        bound,
+        &use_cases,
+        &recorder,
+        &tls,
+        &stop,
+    )?;
+    let notifier = Notifier::from_environment();
+    servers.spawn(watchdog(
+        Notifier::from_environment(),
+        Arc::clone(&use_cases),
+        stop.clone(),
+    ));
+    notifier.ready();
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), "ghost-agent runs");
+
+    let failure = tokio::select! {
+        name = signals.next() => {
+            tracing::info!(signal = name, "shutting down; VMs go on");
+            None
+        }
+        Some(ended) = servers.join_next() => Some(flatten(ended)),
+    };
+    notifier.stopping();
+    let drained = tokio::select! {
+        drained = composition.application.drain(DRAIN) => drained,
+        name = signals.next() => {
+            tracing::warn!(signal = name, "second signal: ending at once; the next start takes operations up");
+            return Ok(());
+        }
+    };
+    stop.cancel();
+    let ending = async { while servers.join_next().await.is_some() {} };
+    if tokio::time::timeout(Duration::from_secs(5), ending)
+        .await
+        .is_err()
+    {
+        tracing::warn!("connections did not end in time");
+    }
+    tracing::info!("ghost-agent has ended");
+    match failure {
+        Some(Err(error)) => Err(error),
+        Some(Ok(())) | None => drained,
+    }
+}
+
+fn flatten(ended: std::result::Result<Result<()>, tokio::task::JoinError>) -> Result<()> {
+    match ended {
+        Ok(Ok(())) => Err(Error::internal("a server ended by itself")),
+        Ok(Err(error)) => Err(error),
+        Err(cause) => Err(Error::internal("a server ended abnormally").because(cause)),
+    }
+}
+
+async fn bind(config: &Config) -> Result<Bound> {
+    let local = match &config.grpc.socket.0 {
+        None => None,
+        Some(path) => {
+            let socket = LocalSocket::bind(path, SOCKET_GROUP)?;
+            tracing::info!(socket = %path.display(), "gRPC listens");
+            Some(socket)
+        }
+    };
+    Ok(Bound {
+        local,
+        grpc: listen("grpc.listen", "gRPC", &config.grpc.listen).await?,
+        http: listen("http.listen", "HTTP", &config.http.listen).await?,
+        metrics: listen("metrics.listen", "metrics", &config.metrics.listen).await?,
+    })
+}
+
+async fn listen(key: &str, what: &str, listen: &Listen) -> Result<Option<TcpListener>> {
+    let (address, fallback) = match listen {
+        Listen::Off => return Ok(None),
+        Listen::At(address) => (*address, None),
+        // IPv6 takes IPv4 too; a host without IPv6 has IPv4 alone.
+        Listen::All(port) => (
+            SocketAddr::from((Ipv6Addr::UNSPECIFIED, *port)),
+            Some(SocketAddr::from((Ipv4Addr::UNSPECIFIED, *port))),
+        ),
+    };
+    let bound = match (TcpListener::bind(address).await, fallback) {
+        (Err(cause), Some(fallback)) if cause.kind() != std::io::ErrorKind::AddrInUse => {
+            TcpListener::bind(fallback).await
+        }
+        (bound, _) => bound,
+    };
+    let listener = bound.map_err(|cause| {
+        Error::new(
+            ErrorCode::IoFailed,
+            format!("cannot listen on {address} for {what}"),
+        )
+        .because(cause)
+        .hint(format!(
+            "see who has it: ss -ltnp; or set another address in {key}"
+        ))
+    })?;
+    let address = listener.local_addr().unwrap_or(address);
+    tracing::info!(%address, "{what} listens");
+    Ok(Some(listener))
+}
+
+fn spawn_servers(
+    servers: &mut JoinSet<Result<()>>,
+    config: &Config,
+    bound: Bound,
+    use_cases: &Arc<UseCases>,
+    recorder: &Arc<Recorder>,
+    tls: &Arc<ServerTls>,
+    stop: &CancellationToken,
+) -> Result<()> {
+    let agent = AgentInfo {
+        name: agent_name(config),
+        version: env!("CARGO_PKG_VERSION").into(),
+    };
+    let trace: TraceParent = Arc::new(|headers, span| {
+        if let Some(parent) = headers
+            .get("traceparent")
+            .and_then(|value| value.to_str().ok())
+        {
+            telemetry::set_parent(span, parent);
+        }
+    });
+    let mut listeners: Vec<Listener> = bound.local.into_iter().map(Listener::Local).collect();
+    if let Some(listener) = bound.grpc {
+        listeners.push(if config.grpc.tls {
+            Listener::Tls(listener, tls.grpc_config()?)
+        } else {
+            Listener::Plain(listener)
+        });
+    }
+    let options = grpc::Options {
+        agent: agent.clone(),
+        certificates: Some(Arc::new(|der| {
+            let identity = parse_client_identity(der)?;
+            Ok(PeerCertificate {
+                credential: identity.credential,
+                expires_at: identity.expires_at,
+            })
+        })),
+        trace: Some(Arc::clone(&trace)),
+        connections: ConnectionLimits {
+            most: usize::try_from(config.grpc.max_connections).unwrap_or(usize::MAX),
+            ..ConnectionLimits::default()
+        },
+        ..grpc::Options::default()
+    };
+    servers.spawn(grpc::serve(
+        listeners,
+        Arc::clone(use_cases),
+        Arc::clone(recorder),
+        options,
+        stop.clone(),
+    ));
+    if let Some(listener) = bound.http {
+        let options = http::Options {
+            agent: agent.clone(),
+            trace: Some(trace),
+            ..http::Options::default()
+        };
+        let router = http::router(
+            Arc::clone(use_cases),
+            Arc::clone(recorder),
+            options,
+            stop.clone(),
+        );
+        let listener = if config.http.tls {
+            Listener::Tls(listener, tls.http_config()?)
+        } else {
+            Listener::Plain(listener)
+        };
+        servers.spawn(serve_http(listener, router, stop.clone()));
+    }
+    if let Some(listener) = bound.metrics {
+        let router = metrics::router(Arc::clone(use_cases), Arc::clone(recorder), agent);
+        servers.spawn(serve_http(Listener::Plain(listener), router, stop.clone()));
+    }
+    let (counting, counter, until) = (Arc::clone(use_cases), Arc::clone(recorder), stop.clone());
+    servers.spawn(async move {
+        counter.follow(counting, until).await;
+        Ok(())
+    });
+    Ok(())
+}
+
+async fn serve_http(
+    listener: Listener,
+    router: axum::Router,
+    stop: CancellationToken,
+) -> Result<()> {
+    http::serve(listener, router, http::ServerOptions::default(), stop).await;
+    Ok(())
+}
+
+/// Tells systemd that we are well, as long as the event loop turns and the store answers.
+async fn watchdog(
+    notifier: Notifier,
+    use_cases: Arc<UseCases>,
+    stop: CancellationToken,
+) -> Result<()> {
+    let Some(interval) = notify::watchdog_interval() else {
+        stop.cancelled().await;
+        return Ok(());
+    };
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return Ok(()),
+            () = tokio::time::sleep(interval) => {}
+        }
+        // libvirt being away is no reason to be restarted: that would help nobody.
+        if tokio::time::timeout(interval, use_cases.check_health.execute())
+            .await
+            .is_ok_and(|health| health.live)
+        {
+            notifier.watchdog();
+        }
+    }
+}
+
+/// The signals that end us.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self> {
+        let failed = |cause| Error::internal("signals cannot be caught").because(cause);
+        Ok(Self {
+            terminate: signal(SignalKind::terminate()).map_err(failed)?,
+            interrupt: signal(SignalKind::interrupt()).map_err(failed)?,
+        })
+    }
+
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}
