@@ -20,6 +20,9 @@ use ghost_infrastructure::vm_storage::{DirectoryVmStorage, VmStorageOptions};
 
 use crate::config::{Config, HypervisorUri};
 
+/// The file in the data folder that a running agent holds locked.
+pub(crate) const LOCK_FILE: &str = "agent.lock";
+
 /// What the rest of the agent needs of the composition.
 pub(crate) struct Composition {
     pub(crate) application: Application,
@@ -111,17 +114,22 @@ fn hypervisor(config: &Config) -> Result<(Arc<dyn Hypervisor>, Arc<dyn NetworkPr
             Ok((Arc::new(simulated), Arc::new(networks)))
         }
         HypervisorUri::Libvirt(uri) => {
-            let libvirt = LibvirtHypervisor::start(LibvirtOptions {
-                uri: uri.clone(),
-                accelerator: config.libvirt.accelerator,
-                call_deadline: config.libvirt.call_timeout,
-                workers: usize::try_from(config.libvirt.workers).unwrap_or(usize::MAX),
-                default_network: config.network.name.0.clone(),
-                data_dir: Some(config.agent.data_dir.path().to_owned()),
-            })?;
+            let libvirt = LibvirtHypervisor::start(libvirt_options(config, uri))?;
             let networks = libvirt.networks();
             Ok((Arc::new(libvirt), Arc::new(networks)))
         }
+    }
+}
+
+/// How libvirt at `uri` is used.
+pub(crate) fn libvirt_options(config: &Config, uri: &str) -> LibvirtOptions {
+    LibvirtOptions {
+        uri: uri.to_owned(),
+        accelerator: config.libvirt.accelerator,
+        call_deadline: config.libvirt.call_timeout,
+        workers: usize::try_from(config.libvirt.workers).unwrap_or(usize::MAX),
+        default_network: config.network.name.0.clone(),
+        data_dir: Some(config.agent.data_dir.path().to_owned()),
     }
 }
 

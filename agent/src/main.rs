@@ -2,8 +2,10 @@
 
 mod compose;
 mod config;
+mod doctor;
 mod failpoints;
 mod notify;
+mod report;
 mod run;
 
 use std::path::PathBuf;
@@ -30,6 +32,18 @@ enum Command {
     /// Check or show the configuration.
     #[command(subcommand)]
     Config(config::Command),
+    /// Say whether this host is fit to run VMs; every finding comes with its fix.
+    ///
+    /// Looks and changes nothing. Exit codes: 0 nothing is fatal, 1 something is, 78 the
+    /// configuration cannot be used.
+    Doctor {
+        /// The configuration; /etc/ghost/agent.yaml where that exists, else the defaults.
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+        /// As what the findings are written.
+        #[arg(short, long, value_enum, default_value = "text")]
+        output: doctor::Output,
+    },
     /// Print the version.
     Version,
     /// Opens a state store on trial, for the agent itself.
@@ -42,50 +56,23 @@ enum Command {
 
 fn main() -> ExitCode {
     match Arguments::parse().command {
-        Command::Run { config } => start(config.as_deref()),
+        Command::Run { config } => report::with_config(config.as_deref(), |loaded| {
+            run::run(loaded).map(|()| ExitCode::SUCCESS)
+        }),
+        Command::Doctor { config, output } => report::with_config(config.as_deref(), |loaded| {
+            let fatal = doctor::doctor(&loaded, output, &mut std::io::stdout().lock())?;
+            Ok(if fatal {
+                ExitCode::FAILURE
+            } else {
+                ExitCode::SUCCESS
+            })
+        }),
         Command::Config(command) => {
             let (mut out, mut errors) = (std::io::stdout().lock(), std::io::stderr().lock());
             config::execute(&command, &mut out, &mut errors)
                 .map_or(ExitCode::FAILURE, ExitCode::from)
         }
-        Command::Version => say(&format!("ghost-agent {}", env!("CARGO_PKG_VERSION"))),
+        Command::Version => report::say(&format!("ghost-agent {}", env!("CARGO_PKG_VERSION"))),
         Command::StoreProbe { directory } => ghost_infrastructure::store::probe_main(&directory),
     }
-}
-
-fn start(file: Option<&std::path::Path>) -> ExitCode {
-    let loaded = match config::load(file) {
-        Ok(loaded) => loaded,
-        Err(faults) => {
-            complain(&faults.to_string());
-            return ExitCode::from(config::EXIT_CONFIG);
-        }
-    };
-    match run::run(loaded.config) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            complain(&format!("error: {}", error.message()));
-            if let Some(cause) = error.cause() {
-                complain(&format!("  cause: {cause}"));
-            }
-            if let Some(hint) = error.hint_text() {
-                complain(&format!("  try: {hint}"));
-            }
-            ExitCode::FAILURE
-        }
-    }
-}
-
-fn say(text: &str) -> ExitCode {
-    use std::io::Write;
-    match writeln!(std::io::stdout(), "{text}") {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(_) => ExitCode::FAILURE,
-    }
-}
-
-/// Where even this cannot be written nobody is there to read it.
-fn complain(text: &str) {
-    use std::io::Write;
-    drop(writeln!(std::io::stderr(), "{text}"));
 }

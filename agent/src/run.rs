@@ -30,7 +30,8 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::compose::{self, Adapters};
-use crate::config::{Config, Listen};
+use crate::config::{Config, Listen, Loaded};
+use crate::doctor;
 use crate::notify::{self, Notifier};
 
 /// Few cores are ours, and what blocks has threads of its own.
@@ -50,7 +51,8 @@ struct Bound {
 ///
 /// # Errors
 /// What kept it from starting, or a server that failed as a whole.
-pub(crate) fn run(config: Config) -> Result<()> {
+pub(crate) fn run(loaded: Loaded) -> Result<()> {
+    let config = loaded.config;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
         .thread_name("ghost")
@@ -62,7 +64,13 @@ pub(crate) fn run(config: Config) -> Result<()> {
         let _entered = runtime.enter();
         telemetry::install(&telemetry_options(&config))?
     };
-    let outcome = lock(&config).and_then(|_lock| runtime.block_on(serve(config)));
+    match &loaded.file {
+        Some(file) => tracing::info!(file = %file.display(), "configuration read"),
+        None => tracing::info!("no configuration file: all defaults"),
+    }
+    let outcome = doctor::before_start(&config)
+        .and_then(|()| lock(&config))
+        .and_then(|_lock| runtime.block_on(serve(config)));
     if let Err(error) = &outcome {
         tracing::error!(code = %error.code(), %error, hint = error.hint_text(), "ghost-agent ends");
     }
@@ -103,7 +111,7 @@ fn agent_name(config: &Config) -> String {
 
 /// Two agents on one data folder would undo each other's work.
 fn lock(config: &Config) -> Result<File> {
-    let path = config.agent.data_dir.path().join("agent.lock");
+    let path = config.agent.data_dir.path().join(compose::LOCK_FILE);
     compose::prepare_data_dir(config.agent.data_dir.path())?;
     let failed = |cause: &dyn std::fmt::Display| {
         Error::new(

@@ -34,6 +34,14 @@ impl LinuxHost {
         }
     }
 
+    /// What [`HostProbe::resources`] tells, for callers outside async code.
+    ///
+    /// # Errors
+    /// [`ErrorCode::IoFailed`] where the host cannot be read.
+    pub fn resources_now(&self) -> Result<HostResources> {
+        self.read_resources()
+    }
+
     async fn blocking<T: Send + 'static>(
         &self,
         read: impl FnOnce(&Self) -> Result<T> + Send + 'static,
@@ -134,6 +142,18 @@ fn unreadable(path: &Path) -> Error {
         ErrorCode::IoFailed,
         format!("cannot read {}", path.display()),
     )
+}
+
+/// Whether the kernel knows that the wall clock follows a reference (adjtimex(2): a daemon such as
+/// chrony or systemd-timesyncd clears `STA_UNSYNC`); `None` where it cannot be asked.
+pub fn clock_synchronised() -> Option<bool> {
+    // SAFETY: `timex` is plain old data, for which all zeroes are valid; the call with no modes
+    // only reads, and writes to nothing but the structure, which outlives it.
+    let (result, status) = unsafe {
+        let mut state: libc::timex = std::mem::zeroed();
+        (libc::adjtimex(&raw mut state), state.status)
+    };
+    (result >= 0).then_some(status & libc::STA_UNSYNC == 0)
 }
 
 /// Whole CPUs: those of the mask, and no more than the quota pays for; a part of one counts as

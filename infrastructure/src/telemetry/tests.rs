@@ -322,8 +322,7 @@ async fn a_collector_that_is_away_is_told_of_once_and_when_it_is_back() {
     };
     let otlp = traced(&format!("http://{address}")).otlp.unwrap();
     let log = Log::default();
-    let (subscriber, _telemetry) =
-        build(&options("info", LogFormat::Text), log.clone()).unwrap();
+    let (subscriber, _telemetry) = build(&options("info", LogFormat::Text), log.clone()).unwrap();
     let _guard = tracing::subscriber::set_default(subscriber);
     let exporter = export::Quiet::new(&otlp).unwrap();
     let count = |words: &str| log.text().matches(words).count();

@@ -1,0 +1,11 @@
+//! The agent as a whole program, and the house rules that its dependencies show.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test that cannot go on has failed"
+)]
+
+mod layers;
+mod program;
