@@ -11,6 +11,7 @@
 
 use std::fs::File;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -120,10 +121,12 @@ fn lock(config: &Config) -> Result<File> {
         )
         .because(cause)
     };
+    // Nobody else may open it: whoever can, can hold the lock and keep us from starting.
     let file = File::options()
         .create(true)
         .truncate(false)
         .write(true)
+        .mode(0o600)
         .open(&path)
         .map_err(|cause| failed(&cause))?;
     match file.try_lock() {

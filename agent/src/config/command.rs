@@ -139,6 +139,7 @@ mod tests {
             line("engine: redb").ends_with("# GHOST_STORE__ENGINE"),
             "{shown}"
         );
+        assert!(shown.contains("    cpus: 4.0 "), "{shown}");
         assert!(line("data_dir:").ends_with("# default"), "{shown}");
         let again = load_from(Some((Path::new("/x.yaml"), &shown)), BTreeMap::new()).unwrap();
         assert_eq!(again.config, loaded.config);

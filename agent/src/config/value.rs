@@ -87,7 +87,10 @@ impl<T: Scalar> Leaf for T {
         let plain = match super::tree::parse(&format!("v: {text}")) {
             Ok(Node::Map(entries)) => match entries.first().map(|entry| &entry.value) {
                 Some(Node::Text(read)) => *read == text,
-                Some(node) => T::PLAIN && node.scalar().as_ref() == Some(&text),
+                Some(node) => {
+                    let again = node.scalar().map(|read| T::from_text(&read));
+                    T::PLAIN && matches!(again, Some(Ok(again)) if again.to_text() == text)
+                }
                 None => false,
             },
             _ => false,

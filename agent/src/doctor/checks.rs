@@ -41,6 +41,7 @@ pub(super) fn all(facts: &Facts) -> Vec<Finding> {
 /// Those that decide whether the agent may start.
 pub(super) fn before_start(local: &Local) -> Vec<Finding> {
     vec![
+        cpu(local),
         kvm(local),
         qemu_img(local),
         data_dir(local),
@@ -78,6 +79,9 @@ fn kvm(local: &Local) -> Finding {
         (true, _) => Finding::ok("kvm", reason.clone()),
         (false, AcceleratorChoice::Tcg) => {
             Finding::ok("kvm", "not used: libvirt.accelerator is tcg")
+        }
+        (false, AcceleratorChoice::Auto) if !local.cpu_flag => {
+            Finding::ok("kvm", "not used, as the CPU offers none")
         }
         (false, AcceleratorChoice::Auto) => {
             Finding::warning("kvm", format!("KVM cannot be used: {reason}"), fix)

@@ -15,6 +15,7 @@ use ghost_domain::ports::{Change, Clock, StateStore};
 use ghost_domain::{Error, ErrorCode, Event, EventKind, Result, VmId};
 use parking_lot::RwLock;
 use tokio::sync::{Mutex, watch};
+use tracing::Instrument;
 
 pub(crate) use events::EventLog;
 pub use events::EventStream;
@@ -134,7 +135,7 @@ impl Registry {
         F: FnOnce(&Model) -> Result<Decision<T>> + Send + 'static,
     {
         let registry = Arc::clone(self);
-        tokio::spawn(async move {
+        let transaction = async move {
             let _one_at_a_time = registry.transaction.lock().await;
             let decision = decide(&registry.model.read())?;
             if !decision.changes.is_empty() {
@@ -152,11 +153,13 @@ impl Registry {
             registry.publish(decision.notices);
             registry.touch();
             Ok(decision.value)
-        })
-        .await
-        .unwrap_or_else(|failure| {
-            Err(Error::internal("a transaction ended abnormally").because(failure))
-        })
+        };
+        // In the caller's span: what it tells carries the ids of the request and the operation.
+        tokio::spawn(transaction.in_current_span())
+            .await
+            .unwrap_or_else(|failure| {
+                Err(Error::internal("a transaction ended abnormally").because(failure))
+            })
     }
 
     /// Wakes whenever anything changed. Wait on a predicate, never on the change itself.

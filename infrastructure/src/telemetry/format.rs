@@ -8,7 +8,8 @@ use std::fmt;
 
 use serde_json::{Map, Value};
 use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
+use time::format_description::BorrowedFormatItem;
+use time::macros::format_description;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Subscriber};
 use tracing_subscriber::fmt::format::{JsonFields, Writer};
@@ -16,6 +17,10 @@ use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormattedFields};
 use tracing_subscriber::registry::LookupSpan;
 
 use super::LogFormat;
+
+/// RFC 3339 in UTC with milliseconds, always as wide.
+const TIME: &[BorrowedFormatItem<'_>] =
+    format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:3]Z");
 
 /// Writes events in one of the formats. Needs [`JsonFields`] as the formatter of span fields.
 pub(super) struct Lines(pub(super) LogFormat);
@@ -53,12 +58,8 @@ where
             around.remove(key);
         }
         let metadata = event.metadata();
-        let time = OffsetDateTime::now_utc();
-        // Milliseconds: what a person compares with another log.
-        let time = time
-            .replace_nanosecond(time.nanosecond() / 1_000_000 * 1_000_000)
-            .unwrap_or(time)
-            .format(&Rfc3339)
+        let time = OffsetDateTime::now_utc()
+            .format(TIME)
             .map_err(|_| fmt::Error)?;
         match self.0 {
             LogFormat::Text => {

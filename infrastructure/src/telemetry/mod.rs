@@ -77,8 +77,25 @@ impl Telemetry {
     }
 }
 
+/// Libraries that log every frame, poll or page at `debug` and `trace`.
+const TALKATIVE: [&str; 12] = [
+    "h2",
+    "hyper",
+    "hyper_util",
+    "mio",
+    "reqwest",
+    "rustls",
+    "sled",
+    "tokio",
+    "tokio_util",
+    "tonic",
+    "tower",
+    "want",
+];
+
 /// Checks a log filter: a level (`info`), or directives of `tracing-subscriber`'s `EnvFilter`
-/// (`info,ghost_infrastructure=debug`).
+/// (`info,ghost_infrastructure=debug`). A level alone holds for this program; libraries stay at
+/// `info` unless they are named (`debug,h2=debug`).
 ///
 /// # Errors
 /// [`ErrorCode::InvalidArgument`] with what is wrong.
@@ -90,24 +107,34 @@ fn parse_filter(filter: &str) -> Result<EnvFilter> {
     let refused = |cause: &dyn std::fmt::Display| {
         Error::new(ErrorCode::InvalidArgument, "this is no log filter").because(cause)
     };
-    // A bare word would be taken for the name of a crate to log everything of.
+    let mut level = None;
     for part in filter.split(',').map(str::trim) {
-        let level = !part.is_empty() && part.parse::<LevelFilter>().is_ok();
-        if !level && !part.contains(['=', '[']) {
-            return Err(refused(&format!("{part:?} is not a level")));
+        // A bare word would be taken for the name of a crate to log everything of.
+        match part.parse::<LevelFilter>() {
+            Ok(bare) if !part.is_empty() => level = Some(bare),
+            _ if part.contains(['=', '[']) => {}
+            _ => return Err(refused(&format!("{part:?} is not a level"))),
         }
     }
     let mut parsed = EnvFilter::builder()
         .parse(filter)
         .map_err(|cause| refused(&cause))?;
+    let mut limit = |library: &str, most: &str| {
+        if !filter.contains(&format!("{library}="))
+            && let Ok(directive) = format!("{library}={most}").parse()
+        {
+            parsed = std::mem::take(&mut parsed).add_directive(directive);
+        }
+    };
     // Export failures are told by our own exporter, once.
-    for noisy in [
-        "opentelemetry=off",
-        "opentelemetry_sdk=off",
-        "opentelemetry-otlp=off",
-    ] {
-        if let Ok(directive) = noisy.parse() {
-            parsed = parsed.add_directive(directive);
+    for library in ["opentelemetry", "opentelemetry_sdk", "opentelemetry-otlp"] {
+        limit(library, "off");
+    }
+    // `debug` is about this program. Libraries that log each frame would bury it; who wants them
+    // names them.
+    if level.is_some_and(|level| level > LevelFilter::INFO) {
+        for library in TALKATIVE {
+            limit(library, "info");
         }
     }
     Ok(parsed)

@@ -104,7 +104,11 @@ fn a_json_line_is_one_object_with_the_ids_at_its_top() {
     assert_eq!(line["operation_id"], "o-1");
     assert_eq!(line["vm"], "web");
     assert_eq!(line["count"], 3);
-    assert!(line["time"].as_str().unwrap().ends_with('Z'), "{line}");
+    let time = line["time"].as_str().unwrap();
+    assert!(
+        time.len() == "2026-01-02T03:04:05.678Z".len() && time.ends_with('Z'),
+        "{line}"
+    );
 }
 
 #[test]
@@ -133,6 +137,21 @@ fn filters_are_levels_or_directives() {
     for bad in ["", "loud", "info,", "ghost_agent=loud", "info,verbose"] {
         assert!(check_filter(bad).is_err(), "{bad}");
     }
+}
+
+#[test]
+fn debug_is_about_this_program_unless_a_library_is_named() {
+    let act = || {
+        tracing::debug!("ours");
+        tracing::debug!(target: "h2::codec", "frame");
+        tracing::info!(target: "h2::codec", "told");
+    };
+    let text = logged(LogFormat::Text, "debug", act);
+    assert!(text.contains("ours") && text.contains("told"), "{text}");
+    assert!(!text.contains("frame"), "{text}");
+    assert!(logged(LogFormat::Text, "debug,h2=debug", act).contains("frame"));
+    let text = logged(LogFormat::Text, "error", act);
+    assert_eq!(text, "", "a level below info is not raised for libraries");
 }
 
 #[test]
