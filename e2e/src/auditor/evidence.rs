@@ -430,8 +430,11 @@ fn locks(data_dir: &Path) -> Vec<(PathBuf, String)> {
                 .collect();
             // 1: FLOCK ADVISORY WRITE 4242 fe:01:131 0 EOF
             let pid = words.get(4)?;
-            let inode: u64 = words.get(5)?.rsplit(':').next()?.parse().ok()?;
-            let path = inodes.get(&inode)?;
+            let mut file = words.get(5)?.split(':');
+            let major = u32::from_str_radix(file.next()?, 16).ok()?;
+            let minor = u32::from_str_radix(file.next()?, 16).ok()?;
+            let inode: u64 = file.next()?.parse().ok()?;
+            let path = inodes.get(&(libc::makedev(major, minor), inode))?;
             // A lock of an open file description has no process in the table; QEMU takes those.
             let pid = match *pid {
                 "-1" => who_has_open(path)?,
@@ -464,7 +467,7 @@ fn who_has_open(path: &Path) -> Option<String> {
     None
 }
 
-fn index(folder: &Path, inodes: &mut BTreeMap<u64, PathBuf>, depth: usize) {
+fn index(folder: &Path, inodes: &mut BTreeMap<(u64, u64), PathBuf>, depth: usize) {
     if depth > 6 {
         return;
     }
@@ -475,7 +478,7 @@ fn index(folder: &Path, inodes: &mut BTreeMap<u64, PathBuf>, depth: usize) {
         if metadata.is_dir() {
             index(&entry.path(), inodes, depth + 1);
         } else {
-            inodes.insert(metadata.ino(), entry.path());
+            inodes.insert((metadata.dev(), metadata.ino()), entry.path());
         }
     }
 }

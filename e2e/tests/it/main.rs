@@ -3,7 +3,23 @@
 
 #![expect(
     clippy::unwrap_used,
-    reason = "tests fail by panicking; clippy's exception covers #[test] functions but not their helpers"
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "tests fail by panicking, and say what they did; clippy's exception covers #[test] functions but not their helpers"
 )]
 
+mod agent_life;
 mod auditing;
+mod bad_input;
+mod collector;
+mod crash_points;
+mod crash_random;
+mod debian;
+mod honesty;
+mod life;
+mod pull;
+mod random;
+mod remote;
+mod support;
+mod terminal;

@@ -138,6 +138,8 @@ pub(crate) struct Life {
 #[derive(Debug, Args)]
 pub(crate) struct VmCreate {
     /// The name that it gets
+    // An empty one would be made up by the agent: not what a script with an unset variable wants.
+    #[arg(value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub(crate) name: String,
 
     /// The image, from the cache or the catalogue
@@ -160,6 +162,7 @@ pub(crate) struct LaunchArgs {
     pub(crate) image: String,
 
     /// The name that it gets [default: one is made up]
+    #[arg(value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub(crate) name: Option<String>,
 
     #[command(flatten)]

@@ -1,0 +1,114 @@
+//! A real Debian 12 with systemd and cloud-init.
+
+use std::fs;
+use std::time::Duration;
+
+use ghost_e2e::agent::Builder;
+use ghost_e2e::binaries::debian_image;
+use ghost_e2e::guest;
+
+use crate::support::{sh, show, text, wait_console};
+
+/// Under software emulation on a busy machine the boot takes a minute and more.
+const DEBIAN_BOOT: Duration = Duration::from_secs(420);
+
+#[test]
+fn debian_is_what_cloud_init_was_told() {
+    let _room = guest::room(2);
+    let agent = Builder::new().start();
+    let ctl = agent.ctl();
+    let image = debian_image().to_str().unwrap();
+    ctl.ok(&["image", "import", image, "--name", "debian-12"]);
+    let key = agent.folder().join("key");
+    sh(
+        "ssh-keygen",
+        &[
+            "-q",
+            "-t",
+            "ed25519",
+            "-N",
+            "",
+            "-C",
+            "e2e",
+            "-f",
+            key.to_str().unwrap(),
+        ],
+    );
+    let user_data = agent.folder().join("user-data");
+    fs::write(
+        &user_data,
+        "#cloud-config\nwrite_files:\n  - path: /etc/ghost-was-here\n    content: written by cloud-init\n\
+         runcmd:\n  - [sh, -c, 'echo \"e2e: $(cat /etc/ghost-was-here), keys $(grep -c e2e /home/ada/.ssh/authorized_keys), host $(hostname), user $(id -un ada)\" > /dev/ttyS0']\n",
+    )
+    .unwrap();
+    let vm = agent.name("debian");
+    ctl.ok(&[
+        "launch",
+        "debian-12",
+        &vm,
+        "--cpus",
+        "1",
+        "--memory",
+        "768MiB",
+        "--disk",
+        "4GiB",
+        "--user",
+        "ada",
+        "--ssh-key",
+        &format!("{}.pub", key.display()),
+        "--user-data",
+        user_data.to_str().unwrap(),
+    ]);
+    let address = ctl.ok(&["vm", "wait", &vm, "--for", "address", "--timeout", "300s"]);
+    assert_eq!(show(&agent, &vm)["nics"][0]["addresses"][0], address.trim());
+    wait_console(
+        &agent,
+        &vm,
+        &format!("e2e: written by cloud-init, keys 1, host {vm}, user ada"),
+        DEBIAN_BOOT,
+    );
+    // The person whose key it is gets in, and may do what an administrator does.
+    let ssh = |command: &str| {
+        std::process::Command::new("ssh")
+            .args([
+                "-i",
+                key.to_str().unwrap(),
+                "-o",
+                "StrictHostKeyChecking=no",
+            ])
+            .args([
+                "-o",
+                "UserKnownHostsFile=/dev/null",
+                "-o",
+                "ConnectTimeout=20",
+                "-o",
+                "BatchMode=yes",
+            ])
+            .args([&format!("ada@{}", address.trim()), command])
+            .output()
+    };
+    match ssh("sudo -n id -u") {
+        Ok(output) => {
+            let said = String::from_utf8_lossy(&output.stdout);
+            assert_eq!(
+                said.trim(),
+                "0",
+                "{}",
+                String::from_utf8_lossy(&output.stderr)
+            );
+        }
+        Err(error) => {
+            println!("ssh is not installed ({error}): the key was seen in the guest's own file")
+        }
+    }
+    ctl.ok(&["vm", "stop", &vm, "--timeout", "120s"]);
+    let stopped = show(&agent, &vm);
+    assert_eq!(text(&stopped["state"]), "stopped");
+    assert!(
+        ctl.ok(&["vm", "logs", &vm]).contains("Power down")
+            || ctl.ok(&["vm", "logs", &vm]).contains("reboot: "),
+        "it went down by itself"
+    );
+    ctl.ok(&["vm", "delete", &vm]);
+    agent.audit();
+}
