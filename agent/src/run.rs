@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use ghost_application::UseCases;
 use ghost_domain::{Error, ErrorCode, Result};
+use ghost_infrastructure::host;
 use ghost_infrastructure::identity::{ServerNames, ServerTls, parse_client_identity};
 use ghost_infrastructure::telemetry::{self, OtlpOptions, TelemetryOptions};
 use ghost_presentation::convert::AgentInfo;
@@ -54,6 +55,7 @@ struct Bound {
 /// What kept it from starting, or a server that failed as a whole.
 pub(crate) fn run(loaded: Loaded) -> Result<()> {
     let config = loaded.config;
+    host::limit_arenas();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
         .thread_name("ghost")
@@ -182,6 +184,7 @@ async fn serve(config: Config) -> Result<()> {
         stop.clone(),
     ));
     notifier.ready();
+    host::release_startup_memory();
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "ghost-agent runs");
 
     let failure = tokio::select! {

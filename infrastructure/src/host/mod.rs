@@ -6,7 +6,10 @@
 //! `parse`, the walk over the groups in `cgroup`.
 
 mod cgroup;
+mod footprint;
 mod parse;
+
+pub use footprint::{limit_arenas, release_startup_memory};
 
 use std::fs;
 use std::path::{Path, PathBuf};
