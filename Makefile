@@ -50,8 +50,8 @@ lint: cargo-there ## formatting, clippy, shell scripts
 proto: cargo-there ## generated protobuf code anew, from proto/
 	GHOST_PROTO_WRITE=1 $(CARGO) test -p ghost-proto --test generate
 
-bench: cargo-there ## the figures that the README quotes (root)
-	$(CARGO) run --release -p ghost-e2e --bin bench
+bench: build ## the figures that the README quotes (root)
+	$(RELEASE)/bench
 
 install: build ## binaries, unit, configuration, completions and manuals
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(UNITDIR) $(DESTDIR)$(SYSCONF)/ghost

@@ -452,25 +452,66 @@ impl Drop for Agent {
 /// Removes what runs that were killed left behind; once in a process.
 fn sweep() {
     static ONCE: std::sync::Once = std::sync::Once::new();
-    ONCE.call_once(|| {
-        for entry in fs::read_dir(PARENT).into_iter().flatten().flatten() {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            let Some(pid) = name
-                .strip_prefix(PREFIX)
-                .and_then(|rest| rest.split('-').next()?.parse::<u32>().ok())
-            else {
-                continue;
-            };
-            if Path::new(&format!("/proc/{pid}")).exists() {
-                continue;
+    ONCE.call_once(|| sweep_of(|pid| !Path::new(&format!("/proc/{pid}")).exists()));
+}
+
+/// Removes what the processes that `chosen` names left behind: agents, domains, networks, folders.
+pub fn sweep_of(chosen: impl Fn(u32) -> bool) {
+    for entry in fs::read_dir(PARENT).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let Some(pid) = name
+            .strip_prefix(PREFIX)
+            .and_then(|rest| rest.split('-').next()?.parse::<u32>().ok())
+            .filter(|pid| chosen(*pid))
+        else {
+            continue;
+        };
+        kill_agents_of(&entry.path());
+        drop(libvirt::remove_domains_below(
+            libvirt::SYSTEM,
+            &entry.path(),
+        ));
+        let networks = libvirt::virsh(libvirt::SYSTEM, &["net-list", "--all", "--name"]);
+        for network in networks.unwrap_or_default().split_whitespace() {
+            if network.starts_with(&format!("e{pid:x}-")) {
+                drop(libvirt::virsh(libvirt::SYSTEM, &["net-destroy", network]));
+                drop(libvirt::virsh(libvirt::SYSTEM, &["net-undefine", network]));
             }
-            drop(libvirt::remove_domains_below(
-                libvirt::SYSTEM,
-                &entry.path(),
-            ));
-            drop(fs::remove_dir_all(entry.path()));
         }
-    });
+        // A small file system of a test may still be there; lazily, as something may look at it.
+        drop(
+            Command::new("umount")
+                .args(["-l", "-q"])
+                .arg(entry.path().join("disk"))
+                .stderr(Stdio::null())
+                .status(),
+        );
+        drop(fs::remove_dir_all(entry.path()));
+    }
+}
+
+/// Ends agents whose configuration lies in `folder`: they outlive a test that is killed.
+fn kill_agents_of(folder: &Path) {
+    let config = folder.join("agent.yaml").display().to_string();
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(pid) = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse::<i32>().ok())
+        else {
+            continue;
+        };
+        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let words: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
+        let agent = words
+            .first()
+            .is_some_and(|program| program.ends_with(b"ghost-agent"));
+        if agent && words.contains(&config.as_bytes()) {
+            // SAFETY: kill takes two numbers and touches no memory of ours. The process was just
+            // seen to be an agent with a configuration file of ours.
+            unsafe { libc::kill(pid, libc::SIGKILL) };
+        }
+    }
 }
 
 /// A port that is free now, below those that the kernel gives to clients: it stays free while an

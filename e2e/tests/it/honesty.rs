@@ -11,7 +11,7 @@ use ghost_e2e::proxy::{LIBVIRTD, Proxy};
 use ghost_e2e::wait;
 use serde_json::Value;
 
-use crate::support::{id, launch, show, state, text, tiny, wait_event, wait_ready, wait_state};
+use crate::support::{id, launch, show, text, tiny, wait_event, wait_ready, wait_state};
 use crate::terminal::Terminal;
 
 /// What the issue allows for seeing somebody else's deed.
@@ -229,12 +229,12 @@ fn without_libvirt_nobody_claims_to_know_and_it_heals_by_itself() {
     let started = ctl.ok(&["vm", "stop", &web, "--timeout", "60s", "--detach"]);
     proxy.shut();
     wait::until("the loss is seen", Duration::from_secs(10), || {
-        (state(&agent, &web) == "unknown" || !state(&agent, &web).is_empty()).then_some(())
+        (ctl.json(&["status"])["hypervisor"]["state"] == "unreachable").then_some(())
     });
     proxy.heal();
-    let output = ctl.run(&["operation", "wait", started.trim()]);
+    let output = ctl.run(&["operation", "wait", started.trim(), "-o", "json"]);
     assert!(
-        output.code == 0 || output.stderr.contains("hypervisor"),
+        output.code == 0 || output.stderr.contains("\"hypervisor_unavailable\""),
         "{}",
         output.stderr
     );
