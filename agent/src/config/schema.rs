@@ -157,7 +157,7 @@ sections! {
     Images {
         /// The most that images may take before those that were not used for longest go.
         cache_size: key<ByteSize> = ByteSize::from_gib(50),
-        /// The catalogue of official images; the built-in one where it is left out.
+        /// A catalogue whose entries go before those of the built-in one.
         catalogue: key<Option<FullPath>> = None,
         /// The largest disk that an image may show to a guest.
         max_virtual_size: key<ByteSize> = ByteSize::from_gib(2048),
