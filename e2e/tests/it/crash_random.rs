@@ -42,9 +42,11 @@ fn the_agent_dies_at_random_moments() {
     let bystander_qemu = qemu_pid(&id(&agent, &bystander)).unwrap();
     let names = [agent.name("a"), agent.name("b")];
     let mut asked: BTreeMap<&str, u32> = BTreeMap::new();
+    let mut cut_off = 0;
 
     for round in 0..ROUNDS {
         let before = look(&agent);
+        let mut open = Vec::new();
         // One or both of the two are changed when the agent dies.
         let chosen: Vec<&String> = match random.below(3) {
             0 => vec![&names[0]],
@@ -79,12 +81,25 @@ fn the_agent_dies_at_random_moments() {
                 "round {round}, {what} {name}: {}",
                 output.stderr
             );
+            open.push(output.stdout.trim().to_owned());
         }
         let moment = random.moment(WINDOW);
         std::thread::sleep(moment);
         agent.kill();
+        let log = agent.log();
+        cut_off += open
+            .iter()
+            .filter(|operation| !log.contains(&format!("operation {operation} succeeded")))
+            .count();
         agent.start();
         agent.wait_idle(Duration::from_secs(90));
+        for operation in &open {
+            let shown = agent.ctl().json(&["operation", "show", operation]);
+            assert_eq!(
+                shown["status"], "succeeded",
+                "round {round} after {moment:?}: {shown}"
+            );
+        }
         agent.audit();
         let after = look(&agent);
         for (name, (state, qemu)) in &before {
@@ -103,7 +118,8 @@ fn the_agent_dies_at_random_moments() {
             );
         }
     }
-    println!("{ROUNDS} kills during {asked:?}");
+    println!("{ROUNDS} kills during {asked:?}; {cut_off} operations were cut off and went on");
+    assert!(cut_off >= 10, "too few operations were hit: {cut_off}");
     assert!(
         asked.len() == 4,
         "not every kind of change was asked for: {asked:?}"

@@ -20,20 +20,36 @@ fn debian_is_what_cloud_init_was_told() {
     let image = debian_image().to_str().unwrap();
     ctl.ok(&["image", "import", image, "--name", "debian-12"]);
     let key = agent.folder().join("key");
-    sh(
-        "ssh-keygen",
-        &[
-            "-q",
-            "-t",
-            "ed25519",
-            "-N",
-            "",
-            "-C",
-            "e2e",
-            "-f",
-            key.to_str().unwrap(),
-        ],
-    );
+    let public = format!("{}.pub", key.display());
+    let ssh_there = ["ssh", "ssh-keygen"]
+        .iter()
+        .all(|tool| std::process::Command::new(tool).arg("-?").output().is_ok());
+    if ssh_there {
+        sh(
+            "ssh-keygen",
+            &[
+                "-q",
+                "-t",
+                "ed25519",
+                "-N",
+                "",
+                "-C",
+                "e2e",
+                "-f",
+                key.to_str().unwrap(),
+            ],
+        );
+    } else {
+        // Somebody's key, to which nobody has the other half.
+        fs::write(
+            &public,
+            format!(
+                "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI{} e2e\n",
+                "A".repeat(43)
+            ),
+        )
+        .unwrap();
+    }
     let user_data = agent.folder().join("user-data");
     fs::write(
         &user_data,
@@ -55,7 +71,7 @@ fn debian_is_what_cloud_init_was_told() {
         "--user",
         "ada",
         "--ssh-key",
-        &format!("{}.pub", key.display()),
+        &public,
         "--user-data",
         user_data.to_str().unwrap(),
     ]);
@@ -87,19 +103,19 @@ fn debian_is_what_cloud_init_was_told() {
             .args([&format!("ada@{}", address.trim()), command])
             .output()
     };
-    match ssh("sudo -n id -u") {
-        Ok(output) => {
-            let said = String::from_utf8_lossy(&output.stdout);
-            assert_eq!(
-                said.trim(),
-                "0",
-                "{}",
-                String::from_utf8_lossy(&output.stderr)
-            );
-        }
-        Err(error) => {
-            println!("ssh is not installed ({error}): the key was seen in the guest's own file")
-        }
+    if ssh_there {
+        let output = ssh("sudo -n id -u").unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(
+            said.trim(),
+            "0",
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    } else {
+        println!(
+            "skipped: logging in needs openssh-client; the key was seen in the guest's own file"
+        );
     }
     ctl.ok(&["vm", "stop", &vm, "--timeout", "120s"]);
     let stopped = show(&agent, &vm);
