@@ -7,5 +7,6 @@
     reason = "a test that cannot go on has failed"
 )]
 
+mod documents;
 mod layers;
 mod program;

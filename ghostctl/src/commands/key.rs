@@ -37,7 +37,7 @@ async fn create(args: KeyCreate, session: &Session) -> Result<Exit, Failure> {
         |created, _| format!("{}\n", printable(&created.secret)),
     )?;
     session.printer.note(&format!(
-        "this is shown once; the key {} is for a {} and ends {}",
+        "this is shown once; the key {} has the role {} and ends {}",
         printable(&created.key.id),
         printable(&created.key.role),
         time_until(created.key.expires_at.as_deref())

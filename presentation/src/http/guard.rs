@@ -148,7 +148,7 @@ fn key_of(headers: &HeaderMap) -> Result<Secret> {
         .ok_or_else(|| {
             Error::new(ErrorCode::Unauthenticated, "a key is needed")
                 .because("neither Authorization: Bearer nor X-API-Key carries one")
-                .hint("make one on the host: ghostctl key create --name NAME --role ROLE")
+                .hint("make one on the host: ghostctl key create NAME --role ROLE")
         })
 }
 
