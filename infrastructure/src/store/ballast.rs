@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{FallocateFlags, fallocate};
 
+use super::fault::Fault;
 use super::files;
 
 /// The ballast of one store.
@@ -28,6 +29,30 @@ impl Ballast {
             return false;
         }
         there
+    }
+
+    /// Makes sure that `room` bytes are free, giving the ballast up for them where that is needed.
+    ///
+    /// # Errors
+    /// [`Fault::Full`] where even that does not suffice. What the file system does not tell is no
+    /// reason to refuse.
+    pub(super) fn make_room(&mut self, room: u64) -> Result<(), Fault> {
+        let directory = self.path.parent().unwrap_or(Path::new("/")).to_owned();
+        let free = || files::free_bytes(&directory).unwrap_or(u64::MAX);
+        if free() >= room {
+            return Ok(());
+        }
+        if self.release() {
+            tracing::warn!("the disk is full; the state store uses its reserve");
+        }
+        let left = free();
+        if left >= room {
+            return Ok(());
+        }
+        Err(Fault::Full(format!(
+            "{left} bytes are free on the file system of {}, and at least {room} are needed",
+            directory.display()
+        )))
     }
 
     /// Whether it is in place.

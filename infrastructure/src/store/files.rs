@@ -173,10 +173,16 @@ pub(super) fn disk_usage(path: &Path) -> u64 {
         .sum()
 }
 
-/// Bytes that are free for us on the file system of `path`.
+/// Bytes that are free for us on the file system of `path`: for root also those that the file
+/// system keeps from others, so that guests, who run as somebody else, hit the end before we do.
 pub(super) fn free_bytes(path: &Path) -> io::Result<u64> {
     let stat = rustix::fs::statvfs(path)?;
-    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+    let blocks = if rustix::process::geteuid().is_root() {
+        stat.f_bfree
+    } else {
+        stat.f_bavail
+    };
+    Ok(blocks.saturating_mul(stat.f_frsize))
 }
 
 /// Whether an error says that there is no room.

@@ -97,6 +97,10 @@ pub struct StoreLimits {
     pub group: usize,
     /// At most so many commits wait.
     pub queue: usize,
+    /// The engine is not touched while fewer bytes are free on its file system; first the reserve
+    /// is given up for them. An engine that runs into the end of the disk has to be reopened, and
+    /// sled then keeps its lock and some memory until the process ends.
+    pub room: u64,
     /// Files below this many bytes are not compacted at opening.
     pub compact_floor: u64,
     /// Files above this many bytes are compacted at opening, as are those above four times the
@@ -112,6 +116,7 @@ impl Default for StoreLimits {
             heal_interval: Duration::from_millis(500),
             group: 64,
             queue: 1024,
+            room: 4 << 20,
             compact_floor: 8 << 20,
             compact_bytes: 256 << 20,
         }

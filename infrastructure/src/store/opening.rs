@@ -42,6 +42,14 @@ const KEPT_CORRUPT: usize = 3;
 const CORRUPT: &str = "state.corrupt-";
 const MAX_DAMAGE_TEXT: usize = 4096;
 
+/// What goes wrong on a file system with less free space than this is taken for want of room: the
+/// engines do not always say so.
+pub(super) const NO_ROOM: u64 = 1 << 20;
+
+/// An engine is not opened, and no new one made, with less free space than this: they write while
+/// they open, and sled hangs where it cannot.
+pub(super) const OPENING_ROOM: u64 = 4 << 20;
+
 /// An open store.
 pub(super) struct Opened {
     pub(super) lock: Lock,
@@ -72,7 +80,11 @@ pub(super) fn open(options: &StoreOptions, layout: &Layout) -> Result<Opened> {
     files::make_directory(&layout.root).map_err(prepare)?;
     let lock = Lock::take(&layout.lock())?;
     let mut ballast = Ballast::new(layout.ballast(), options.ballast_bytes);
-    let mut outcome = guard(|| establish(options, layout));
+    // Never on a full disk: the engines write while they open, and what they leave half written
+    // would look like damage.
+    let mut outcome = ballast
+        .make_room(OPENING_ROOM)
+        .and_then(|()| guard(|| establish(options, layout)));
     if matches!(outcome, Err(Fault::Full(_))) && ballast.release() {
         tracing::warn!("the disk is full; opening the state store on its reserve");
         outcome = guard(|| establish(options, layout));
@@ -201,6 +213,9 @@ fn examine(options: &StoreOptions, layout: &Layout, reading: Reading) -> Result<
     let (engine, contents) = match opened {
         Ok(opened) => opened,
         Err(Fault::Damaged(why)) => {
+            if files::free_bytes(&layout.root).is_ok_and(|free| free < NO_ROOM) {
+                return Err(Fault::Full(format!("while the disk is full: {why}")));
+            }
             return Ok(Finding::Lost(format!(
                 "the {kind} state is damaged ({why})"
             )));
@@ -280,7 +295,9 @@ fn examine(options: &StoreOptions, layout: &Layout, reading: Reading) -> Result<
 }
 
 fn rolled_back(found: u64, known: u64, witness: &str) -> String {
-    format!("the state is an older copy (batch {found}, and {witness} knows of batch {known})")
+    format!(
+        "the state is older than what was acknowledged (batch {found}, and {witness} knows of batch {known})"
+    )
 }
 
 /// Makes a believable state the current one: takes back what was not acknowledged, compacts, and
@@ -310,7 +327,10 @@ fn settle(options: &StoreOptions, layout: &Layout, sound: Sound) -> Result<Estab
         };
         let batch = Batch::correct(&contents, &records, &acknowledged)?;
         let steps: &dyn Steps = &Unwatched;
-        engine.commit(&batch.pairs, steps)?;
+        if let Err(fault) = guard(|| engine.commit(&batch.pairs, steps)) {
+            engine.abandon();
+            return Err(fault);
+        }
         manifest = batch.manifest;
     }
     let size = files::disk_usage(&layout.state());
@@ -413,7 +433,7 @@ fn recover(
         None => text.push_str("; there is no valid export, so that the store is empty"),
     }
     if passed_over > 0 {
-        text.push_str(&format!("; {passed_over} damaged exports were passed over"));
+        text.push_str(&format!("; damaged exports passed over: {passed_over}"));
     }
     tracing::error!(damage = %text, "the state store was damaged");
     // Before anything moves: after a crash in the midst of this, the next start must still know.
@@ -473,7 +493,10 @@ pub(super) fn install(
         let (records, manifest) = (records.clone(), *manifest);
         probe::bounded(limit, move || {
             let mut engine = engine::open(kind, &new, true)?;
-            records::fill(&mut *engine, &records, &manifest)?;
+            if let Err(fault) = guard(|| records::fill(&mut *engine, &records, &manifest)) {
+                engine.abandon();
+                return Err(fault);
+            }
             drop(engine);
             files::secure_and_sync_tree(&new)?;
             Ok(())

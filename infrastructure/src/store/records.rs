@@ -339,9 +339,8 @@ impl Batch {
         }))
     }
 
-    /// The batch that turns what an engine holds into `wanted`: takes back what was not
-    /// acknowledged, and puts back what got lost. It writes even where nothing differs, because
-    /// that is the proof that the engine takes writes again.
+    /// The batch that turns what an engine holds into `wanted`, and so takes back what was not
+    /// acknowledged.
     ///
     /// # Errors
     /// As [`Self::prepare`].

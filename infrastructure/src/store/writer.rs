@@ -4,11 +4,11 @@
 //! answered after: the engine's transaction, the engine's file being durable, the sidecar noting
 //! the batch, and the sidecar being durable.
 //!
-//! After any error the engine's handle is dropped and never used again: what a failed fsync left
-//! behind cannot be known (the kernel may have thrown the pages away and call the next fsync a
-//! success). The engine is reopened, what it holds is compared with what was acknowledged, and
-//! where the two differ a correcting batch is written. Only then, or when that fails too, the
-//! caller is told that the commit did not take place.
+//! After any error the engine's handle and files are given up: what a failed fsync left behind
+//! cannot be known (the kernel may have thrown the pages away and call the next fsync a success).
+//! All that was acknowledged is in memory, and is written anew into fresh files, which then take
+//! the place of the old. Only after that, or when it fails too, the caller is told that the commit
+//! did not take place.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -35,15 +35,14 @@ use super::rows::Write;
 use super::sidecar::{Mark, Sidecar};
 use super::steps::{Step, Steps};
 
+/// How long closing an engine is waited for.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
+
 /// How often the reserve and the size on disk are looked at.
 const UPKEEP: Duration = Duration::from_secs(5);
 
 /// A group takes no further commit once it has this many bytes.
 const GROUP_BYTES: usize = 1 << 20;
-
-/// An error on a file system with less free space than this is taken for want of room: the engines
-/// do not always say so.
-const NO_ROOM: u64 = 1 << 20;
 
 /// What the writer is asked.
 pub(super) enum Command {
@@ -84,6 +83,7 @@ pub(super) struct Status(Mutex<StatusParts>);
 #[derive(Debug, Default)]
 struct StatusParts {
     broken: Option<String>,
+    no_room: Option<String>,
     on_reserve: bool,
     closed: bool,
     busy_since: Option<Instant>,
@@ -99,7 +99,7 @@ impl Status {
 
     pub(super) fn is_broken(&self) -> bool {
         let parts = self.lock();
-        parts.broken.is_some() && !parts.closed
+        (parts.broken.is_some() || parts.no_room.is_some()) && !parts.closed
     }
 
     pub(super) fn health(&self, engine: Engine, limit: Duration) -> StoreHealth {
@@ -116,7 +116,7 @@ impl Status {
                 elapsed.as_secs()
             ))
         } else {
-            parts.broken.clone()
+            parts.broken.clone().or_else(|| parts.no_room.clone())
         };
         StoreHealth {
             engine: engine.as_str().to_owned(),
@@ -209,7 +209,7 @@ impl Writer {
                     let _ = reply.send(self.snapshot());
                 }
                 Command::Heal(reply) => {
-                    if self.engine.is_none() {
+                    if self.make_room().is_ok() && self.engine.is_none() {
                         let _ = self.heal_when_due();
                     }
                     let _ = reply.send(());
@@ -293,6 +293,7 @@ impl Writer {
     }
 
     fn write(&mut self, writes: &BTreeMap<super::key::Key, Option<Vec<u8>>>) -> Result<(), Fault> {
+        self.make_room()?;
         if self.engine.is_none() {
             self.heal_when_due()?;
         }
@@ -310,14 +311,23 @@ impl Writer {
             let full = self.is_full(&fault);
             self.break_off(&fault);
             let healed = self.heal(full);
-            // The failed batch has been taken back on a fresh handle, and the reserve was freed:
-            // the same changes are a new batch now, so that a delete works on a full disk.
+            // The failed batch is gone with the old files, and the reserve was freed: the same
+            // changes are a new batch now, so that a delete works on a full disk.
             if healed.is_ok() && full && may_try_again {
                 may_try_again = false;
                 continue;
             }
             return Err(fault);
         }
+    }
+
+    /// Sees to it that the engine does not run into the end of the disk.
+    fn make_room(&mut self) -> Result<(), Fault> {
+        let made = self.ballast.make_room(self.options.limits.room);
+        let mut parts = self.status.lock();
+        parts.on_reserve = self.options.ballast_bytes > 0 && !self.ballast.stands();
+        parts.no_room = made.as_ref().err().map(ToString::to_string);
+        made
     }
 
     /// Commits to the engine and notes it in the sidecar.
@@ -357,26 +367,22 @@ impl Writer {
 
     fn is_full(&self, fault: &Fault) -> bool {
         matches!(fault, Fault::Full(_))
-            || files::free_bytes(&self.layout.root).is_ok_and(|free| free < NO_ROOM)
+            || files::free_bytes(&self.layout.root).is_ok_and(|free| free < opening::NO_ROOM)
     }
 
     /// Gives the engine's handle up.
     fn break_off(&mut self, fault: &Fault) {
         tracing::error!(%fault, "a commit to the state store failed");
         self.status.lock().broken = Some(fault.to_string());
-        self.shut();
+        if let Some(engine) = self.engine.take() {
+            bounded_close(move || engine.abandon());
+        }
     }
 
-    /// Drops the engine, which may flush, panic or hang while it does.
+    /// Closes a sound engine.
     fn shut(&mut self) {
         if let Some(engine) = self.engine.take() {
-            let dropped = probe::bounded(self.options.limits.open, move || {
-                drop(engine);
-                Ok(())
-            });
-            if let Err(fault) = dropped {
-                tracing::warn!(%fault, "closing the state store's engine failed");
-            }
+            bounded_close(move || drop(engine));
         }
     }
 
@@ -390,15 +396,14 @@ impl Writer {
         self.heal(full)
     }
 
-    /// Reopens the engine and makes it hold what was acknowledged, no more and no less.
+    /// Writes what was acknowledged, no more and no less, into fresh files.
     fn heal(&mut self, full: bool) -> Result<(), Fault> {
-        self.shut();
         if full && self.ballast.release() {
             tracing::warn!("the disk is full; the state store uses its reserve");
         }
-        let mut outcome = self.reopen();
+        let mut outcome = self.write_anew();
         if matches!(outcome, Err(Fault::Full(_))) && self.ballast.release() {
-            outcome = self.reopen();
+            outcome = self.write_anew();
         }
         self.healed_at = Some(Instant::now());
         let mut parts = self.status.lock();
@@ -410,56 +415,40 @@ impl Writer {
             }
             Err(fault) => parts.broken = Some(fault.to_string()),
         }
-        drop(parts);
-        if outcome.is_err() {
-            self.shut();
-        }
         outcome
     }
 
-    fn reopen(&mut self) -> Result<(), Fault> {
-        let state = self.layout.state();
-        let limit = self.options.limits.open;
-        match probe::open_verified(&state, self.options.helper.as_ref(), limit) {
-            Ok((engine, found)) => {
-                let batch = Batch::correct(&found, &self.records, &self.manifest.mark)?;
-                self.engine = Some(engine);
-                let corrected = self.commit_batch(&batch);
-                if corrected.is_err() {
-                    self.shut();
-                }
-                corrected
-            }
-            Err(Fault::Damaged(why)) => {
-                // All that was acknowledged is in memory: nothing is lost.
-                tracing::error!(why, "the state is damaged; writing it anew");
-                let mark = Mark {
-                    // Beyond the batch that failed.
-                    sequence: self.manifest.mark.sequence + 2,
-                    ..self.manifest.mark
-                };
-                let manifest = Manifest {
-                    mark,
-                    base: self.manifest.mark.sequence,
-                    undo: 0,
-                };
-                let previous = if state.exists() {
-                    Previous::Damaged(opening::unused_corrupt_name(&self.layout)?)
-                } else {
-                    Previous::Absent
-                };
-                let engine = opening::install(
-                    &self.options,
-                    &self.layout,
-                    &self.records,
-                    &manifest,
-                    previous,
-                )?;
-                self.engine = Some(engine);
-                self.note(manifest)
-            }
-            Err(other) => Err(other),
+    fn write_anew(&mut self) -> Result<(), Fault> {
+        let room = opening::OPENING_ROOM + self.records.bytes().saturating_mul(2);
+        self.ballast.make_room(room)?;
+        let acknowledged = self.manifest.mark;
+        let manifest = Manifest {
+            mark: Mark {
+                // Beyond the batch that failed.
+                sequence: acknowledged.sequence + 2,
+                ..acknowledged
+            },
+            base: acknowledged.sequence,
+            undo: 0,
+        };
+        let previous = if self.layout.state().exists() {
+            Previous::Replaced
+        } else {
+            Previous::Absent
+        };
+        let engine = opening::install(
+            &self.options,
+            &self.layout,
+            &self.records,
+            &manifest,
+            previous,
+        )?;
+        let noted = self.note(manifest);
+        match noted {
+            Ok(()) => self.engine = Some(engine),
+            Err(_) => bounded_close(move || drop(engine)),
         }
+        noted
     }
 
     fn upkeep(&mut self) {
@@ -476,6 +465,17 @@ impl Writer {
         self.shut();
         self.status.lock().closed = true;
         exported
+    }
+}
+
+/// Closes an engine in a thread of its own, which is left behind where that hangs.
+fn bounded_close(close: impl FnOnce() + Send + 'static) {
+    let closed = probe::bounded(CLOSE_PATIENCE, move || {
+        close();
+        Ok(())
+    });
+    if let Err(fault) = closed {
+        tracing::warn!(%fault, "closing the state store's engine failed");
     }
 }
 

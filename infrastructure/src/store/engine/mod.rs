@@ -78,6 +78,9 @@ pub(super) trait KeyValueEngine: Send {
     /// batch or nothing of it.
     fn commit(&mut self, batch: &[Pair], steps: &dyn Steps) -> Result<(), Fault>;
 
+    /// Gives the handle up after an error, without closing what cannot be closed any more.
+    fn abandon(self: Box<Self>);
+
     /// The engine's own check of its structures.
     fn check(&mut self) -> Result<(), Fault>;
 }

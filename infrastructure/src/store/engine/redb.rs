@@ -90,6 +90,11 @@ impl KeyValueEngine for Redb {
         Ok(())
     }
 
+    fn abandon(self: Box<Self>) {
+        // After an error redb refuses every further write by itself, its closing included.
+        drop(self);
+    }
+
     fn check(&mut self) -> Result<(), Fault> {
         match self.database.check_integrity() {
             Ok(true) => Ok(()),

@@ -5,7 +5,7 @@
 //! its file through a descriptor of our own, which also reports write errors that happened since
 //! it was opened.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::path::Path;
 
 use super::{KeyValueEngine, Pair, step};
@@ -32,6 +32,7 @@ impl Sled {
             // sled would make an empty store without a word.
             return Err(Fault::Damaged(format!("{FILE} is missing")));
         }
+        remove_unfinished_snapshots(directory)?;
         let database = sled::Config::new()
             .path(directory)
             .cache_capacity(CACHE_BYTES)
@@ -44,6 +45,19 @@ impl Sled {
         files::secure_and_sync_tree(directory)?;
         Ok(Self { database, file })
     }
+}
+
+/// sled writes a snapshot of its page table when it opens, under a name that ends so until it is
+/// whole. Where that was interrupted (`kill -9`, a full disk) the next opening takes the rest for
+/// the newest snapshot and calls the whole store corrupt. The log alone is enough to recover from.
+fn remove_unfinished_snapshots(directory: &Path) -> Result<(), Fault> {
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|end| end == "generating") {
+            files::remove(&path)?;
+        }
+    }
+    Ok(())
 }
 
 impl KeyValueEngine for Sled {
@@ -71,6 +85,13 @@ impl KeyValueEngine for Sled {
         self.file.sync_all()?;
         steps.done(Step::Sync);
         Ok(())
+    }
+
+    fn abandon(self: Box<Self>) {
+        // After a failed write sled's own closing waits for ever for a flush that nobody does any
+        // more, and its lock stays taken either way (spacejam/sled issue 1289). A few MiB and a
+        // descriptor, kept until the process ends, are the lesser evil; the files are replaced.
+        std::mem::forget(self);
     }
 
     fn check(&mut self) -> Result<(), Fault> {

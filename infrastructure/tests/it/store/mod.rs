@@ -11,7 +11,7 @@ mod samples;
 
 use std::future::Future;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 use std::time::Duration;
 
 use ghost_domain::ports::{StateStore, StoreContents};
@@ -51,6 +51,20 @@ fn contents_of(directory: &Path, engine: Engine) -> StoreContents {
         store.close().await.unwrap();
         contents
     })
+}
+
+/// Damaged files make the engines panic, which the store catches. Hundreds of backtraces would take
+/// minutes and hide what matters; panics elsewhere are shown as ever.
+fn hush_engine_panics() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let shown = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            if std::thread::current().name() != Some("ghost-store-io") {
+                shown(panic);
+            }
+        }));
+    });
 }
 
 fn run<F: Future>(work: F) -> F::Output {
