@@ -11,7 +11,15 @@ use rustix::fs::{FlockOperation, flock};
 /// Held as long as the store is open; the kernel lets go when the process ends, however it ends.
 #[derive(Debug)]
 pub(super) struct Lock {
-    _file: File,
+    file: File,
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Closing alone would leave it to a process that is being forked at this moment: until it
+        // executes its program, it has our descriptor too.
+        let _ = flock(&self.file, FlockOperation::Unlock);
+    }
 }
 
 impl Lock {
@@ -42,7 +50,7 @@ impl Lock {
         // For people only; what counts is the kernel's lock. A full disk must not keep us out.
         let _ = file.set_len(0);
         let _ = write!(file, "{} {}", std::process::id(), process_name());
-        Ok(Self { _file: file })
+        Ok(Self { file })
     }
 }
 

@@ -10,7 +10,7 @@ use std::sync::{Condvar, Mutex};
 use std::time::Duration;
 
 use ghost_domain::{CredentialId, JoinToken, Role, Timestamp};
-use tempfile::tempdir;
+use tempfile::TempDir;
 
 use super::*;
 use steps::Step;
@@ -21,6 +21,11 @@ fn options(directory: &Path, engine: Engine) -> StoreOptions {
     options.ballast_bytes = 1 << 20;
     options.limits.heal_interval = Duration::ZERO;
     options
+}
+
+/// A directory in memory where there is one: the steps are watched, not the disk.
+fn scratch() -> TempDir {
+    tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| tempfile::tempdir().unwrap())
 }
 
 fn run<F: Future>(work: F) -> F::Output {
@@ -94,7 +99,7 @@ impl Steps for Recorder {
 #[test]
 fn an_acknowledgement_comes_after_both_syncs() {
     for engine in Engine::ALL {
-        let directory = tempdir().unwrap();
+        let directory = scratch();
         let recorder = Arc::new(Recorder::default());
         let store = Store::open(options(directory.path(), engine), recorder.clone()).unwrap();
         for number in 0..3 {
@@ -168,7 +173,7 @@ impl Steps for Gate {
 fn nobody_is_told_while_a_step_is_pending() {
     for engine in Engine::ALL {
         for step in [Step::Apply, Step::Sync, Step::Mark, Step::MarkSync] {
-            let directory = tempdir().unwrap();
+            let directory = scratch();
             let gate = Gate::new(step);
             let store = Store::open(options(directory.path(), engine), gate.clone()).unwrap();
             run(async {
@@ -191,7 +196,7 @@ fn nobody_is_told_while_a_step_is_pending() {
 #[test]
 fn a_commit_that_hangs_makes_the_store_not_writable_and_later_ones_are_withdrawn() {
     for engine in Engine::ALL {
-        let directory = tempdir().unwrap();
+        let directory = scratch();
         let gate = Gate::new(Step::Sync);
         let mut options = options(directory.path(), engine);
         options.limits.commit = Duration::from_millis(50);
@@ -281,7 +286,7 @@ fn a_step_that_fails_once_costs_at_most_its_commit() {
         let mut injected = 0;
         for error in [EIO, ENOSPC] {
             for countdown in 0.. {
-                let directory = tempdir().unwrap();
+                let directory = scratch();
                 let failing = Failing::new(countdown, false, error);
                 let store =
                     Store::open(options(directory.path(), engine), failing.clone()).unwrap();
@@ -319,7 +324,7 @@ fn what_failed_stays_without_effect_after_a_restart() {
     for engine in Engine::ALL {
         let mut injected = 0;
         for countdown in 0.. {
-            let directory = tempdir().unwrap();
+            let directory = scratch();
             let failing = Failing::new(countdown, true, EIO);
             let store = Store::open(options(directory.path(), engine), failing.clone()).unwrap();
             let expected = play(&store);
@@ -387,7 +392,7 @@ fn replace(from: &Path, to: &Path) {
 #[test]
 fn a_power_cut_keeps_what_was_acknowledged_and_nothing_else() {
     for engine in Engine::ALL {
-        let directory = tempdir().unwrap();
+        let directory = scratch();
         let options = options(directory.path(), engine);
         drop(open(options.clone()).unwrap());
         let disk = directory.path().join("disk");
@@ -405,7 +410,7 @@ fn a_power_cut_keeps_what_was_acknowledged_and_nothing_else() {
             run(store.commit(put(number))).unwrap();
             acknowledged.insert(number);
             for (image, expected) in [(&disk, &acknowledged), (&between, &before)] {
-                let cut = tempdir().unwrap();
+                let cut = scratch();
                 replace(image, &cut.path().join("store"));
                 assert_eq!(
                     &reopened(cut.path(), engine),
@@ -423,7 +428,7 @@ fn a_power_cut_keeps_what_was_acknowledged_and_nothing_else() {
 #[test]
 fn a_state_that_breaks_under_us_is_written_anew() {
     for engine in Engine::ALL {
-        let directory = tempdir().unwrap();
+        let directory = scratch();
         // The first commit passes, then one sync fails, so that the engine is reopened.
         let failing = Failing::new(if engine == Engine::Sled { 7 } else { 5 }, false, EIO);
         let store = Store::open(options(directory.path(), engine), failing).unwrap();
@@ -449,4 +454,80 @@ fn a_state_that_breaks_under_us_is_written_anew() {
         drop(store);
         assert_eq!(reopened(directory.path(), engine), there);
     }
+}
+
+/// What the engine shows is whole in every part, and yet not what was committed: only the manifest
+/// tells.
+#[test]
+fn lost_reverted_and_foreign_records_are_noticed() {
+    for engine in Engine::ALL {
+        let key = |number: u128| {
+            key::Key::join_token(CredentialId::from_uuid(uuid::Uuid::from_u128(number)))
+        };
+        let old = key(2);
+        type Tamper = fn(&[u8]) -> Option<Vec<u8>>;
+        let cases: [(&str, u128, Tamper); 3] = [
+            ("lost", 4, |_| None),
+            ("reverted", 2, |old| Some(old.to_vec())),
+            ("foreign", 999, |old| {
+                let (sequence, row) = envelope::open(
+                    &key::Key::join_token(CredentialId::from_uuid(uuid::Uuid::from_u128(2))),
+                    old,
+                )
+                .unwrap();
+                let key = key::Key::join_token(CredentialId::from_uuid(uuid::Uuid::from_u128(999)));
+                Some(envelope::seal(&key, sequence, row))
+            }),
+        ];
+        for (what, number, tamper) in cases {
+            let directory = scratch();
+            let state = directory.path().join("store/state");
+            let store = open(options(directory.path(), engine)).unwrap();
+            run(async {
+                store.commit(put(1)).await.unwrap();
+                store.commit(put(2)).await.unwrap();
+            });
+            drop(store);
+            let mut before = Vec::new();
+            {
+                let engine =
+                    engine::open_patiently(engine, &state, Duration::from_secs(5)).unwrap();
+                engine
+                    .scan(&mut |found, value| {
+                        if found == old.as_bytes() {
+                            before = value.to_vec();
+                        }
+                    })
+                    .unwrap();
+            }
+            // The record is replaced once, so that the first version is an older one.
+            let store = open(options(directory.path(), engine)).unwrap();
+            run(store.commit(put(1))).unwrap();
+            drop(store);
+            {
+                let mut engine =
+                    engine::open_patiently(engine, &state, Duration::from_secs(5)).unwrap();
+                let pair = (key(number).as_bytes().to_vec(), tamper(&before));
+                engine.commit(&[pair], &Unwatched).unwrap();
+            }
+            let store = open(options(directory.path(), engine)).unwrap();
+            let contents = run(store.load()).unwrap();
+            assert!(contents.damage.is_some(), "{engine}: {what}");
+        }
+    }
+}
+
+/// sled was interrupted while it opened, and left a snapshot half written.
+#[test]
+fn an_unfinished_snapshot_of_sled_is_no_damage() {
+    let directory = scratch();
+    let store = open(options(directory.path(), Engine::Sled)).unwrap();
+    run(store.commit(put(1))).unwrap();
+    drop(store);
+    let unfinished = "store/state/snap.FFFFFFFFFFFFFFF0.generating";
+    fs::write(directory.path().join(unfinished), "half").unwrap();
+    assert_eq!(
+        reopened(directory.path(), Engine::Sled),
+        BTreeSet::from([1])
+    );
 }

@@ -7,12 +7,11 @@ use std::path::Path;
 use ghost_domain::ErrorCode;
 use ghost_domain::ports::Change;
 use ghost_infrastructure::store::{Engine, ProbeResult, open, probe};
-use tempfile::tempdir;
 
 use super::samples::{
     Model, bulky_vm, credential_id, image, one_of_every_kind, operation_id, put_vm, vm_id,
 };
-use super::{contents_of, on_both_engines, options, reopen, run};
+use super::{contents_of, on_both_engines, options, reopen, run, scratch};
 
 on_both_engines!(
     a_first_start_is_empty_and_not_damage,
@@ -33,7 +32,7 @@ on_both_engines!(
 );
 
 fn a_first_start_is_empty_and_not_damage(engine: Engine) {
-    let directory = tempdir().unwrap();
+    let directory = scratch();
     for _ in 0..2 {
         assert_eq!(
             contents_of(directory.path(), engine),
@@ -43,7 +42,7 @@ fn a_first_start_is_empty_and_not_damage(engine: Engine) {
 }
 
 fn every_kind_of_record_is_there_after_reopening(engine: Engine) {
-    let directory = tempdir().unwrap();
+    let directory = scratch();
     let changes = one_of_every_kind();
     let expected = Model::of(&changes).contents();
     let store = reopen(directory.path(), engine);
@@ -57,7 +56,7 @@ fn every_kind_of_record_is_there_after_reopening(engine: Engine) {
 }
 
 fn the_last_of_two_writes_stands(engine: Engine) {
-    let directory = tempdir().unwrap();
+    let directory = scratch();
     let store = reopen(directory.path(), engine);
     run(async {
         store
@@ -77,7 +76,7 @@ fn the_last_of_two_writes_stands(engine: Engine) {
 }
 
 fn records_are_replaced_and_deleted(engine: Engine) {
-    let directory = tempdir().unwrap();
+    let directory = scratch();
     let store = reopen(directory.path(), engine);
     run(async {
         store.commit(one_of_every_kind()).await.unwrap();
@@ -99,7 +98,7 @@ fn records_are_replaced_and_deleted(engine: Engine) {
 }
 
 fn deleting_what_is_not_there_is_no_error(engine: Engine) {
-    let directory = tempdir().unwrap();
+    let directory = scratch();
     let store = reopen(directory.path(), engine);
     run(async {
         store.commit(Vec::new()).await.unwrap();
@@ -111,7 +110,7 @@ fn deleting_what_is_not_there_is_no_error(engine: Engine) {
 }
 
 fn an_oversized_record_is_refused_with_its_whole_batch(engine: Engine) {
-    let directory = tempdir().unwrap();
+    let directory = scratch();
     let store = reopen(directory.path(), engine);
     run(async {
         let error = store
@@ -130,7 +129,7 @@ fn an_oversized_record_is_refused_with_its_whole_batch(engine: Engine) {
 
 /// The greatest user-data and network config that the domain allows leave room to spare.
 fn the_largest_allowed_vm_fits(engine: Engine) {
-    let directory = tempdir().unwrap();
+    let directory = scratch();
     let store = reopen(directory.path(), engine);
     let change = bulky_vm(1, 60 * 1024);
     run(async { store.commit(vec![change.clone()]).await.unwrap() });
@@ -151,7 +150,7 @@ fn everything_is_private(engine: Engine) {
             assert_eq!(mode, 0o600, "{}", path.display());
         }
     }
-    let directory = tempdir().unwrap();
+    let directory = scratch();
     let store = reopen(directory.path(), engine);
     run(async {
         for generation in 0..20 {
@@ -167,7 +166,7 @@ fn everything_is_private(engine: Engine) {
 }
 
 fn a_closed_store_refuses(engine: Engine) {
-    let directory = tempdir().unwrap();
+    let directory = scratch();
     let store = reopen(directory.path(), engine);
     run(async {
         store.close().await.unwrap();
@@ -185,7 +184,7 @@ fn a_closed_store_refuses(engine: Engine) {
 }
 
 fn health_counts_commits(engine: Engine) {
-    let directory = tempdir().unwrap();
+    let directory = scratch();
     let store = reopen(directory.path(), engine);
     run(async {
         store.commit(vec![put_vm(1, 1)]).await.unwrap();
@@ -201,7 +200,7 @@ fn health_counts_commits(engine: Engine) {
 }
 
 fn exports_are_kept_by_threes(engine: Engine) {
-    let directory = tempdir().unwrap();
+    let directory = scratch();
     let store = reopen(directory.path(), engine);
     let exports = || {
         let path = directory.path().join("store/exports");
@@ -230,7 +229,7 @@ fn exports_are_kept_by_threes(engine: Engine) {
 }
 
 fn concurrent_commits_all_arrive(engine: Engine) {
-    let directory = tempdir().unwrap();
+    let directory = scratch();
     let store = reopen(directory.path(), engine);
     run(async {
         let commits = (0..64).map(|number| {
@@ -257,7 +256,7 @@ fn concurrent_commits_all_arrive(engine: Engine) {
 }
 
 fn the_files_shrink_when_most_records_are_gone(engine: Engine) {
-    let directory = tempdir().unwrap();
+    let directory = scratch();
     let mut small = options(directory.path(), engine);
     small.limits.compact_floor = 1 << 20;
     let store = open(small.clone()).unwrap();
@@ -286,7 +285,7 @@ fn the_files_shrink_when_most_records_are_gone(engine: Engine) {
 fn the_disk_does_not_grow_with_updates(engine: Engine) {
     const UPDATES: u64 = 20_000;
     const RECORDS: u64 = 200;
-    let directory = tempdir().unwrap();
+    let directory = scratch();
     let store = reopen(directory.path(), engine);
     let (early, late) = run(async {
         let mut early = 0;
@@ -331,7 +330,7 @@ fn disk_usage(directory: &Path) -> u64 {
 }
 
 fn the_probe_tells_what_is_there(engine: Engine) {
-    let directory = tempdir().unwrap();
+    let directory = scratch();
     let state = directory.path().join("store/state");
     assert!(matches!(probe(&state), ProbeResult::Unusable(_)));
     let store = reopen(directory.path(), engine);
@@ -346,7 +345,7 @@ fn the_probe_tells_what_is_there(engine: Engine) {
 /// A store changes its engine without losing anything, and back.
 #[test]
 fn the_engine_can_be_changed_by_configuration() {
-    let directory = tempdir().unwrap();
+    let directory = scratch();
     let store = reopen(directory.path(), Engine::Sled);
     let changes = one_of_every_kind();
     let mut model = Model::of(&changes);
@@ -366,7 +365,7 @@ fn the_engine_can_be_changed_by_configuration() {
 
 #[test]
 fn a_directory_that_cannot_be_made_is_a_clear_error() {
-    let directory = tempdir().unwrap();
+    let directory = scratch();
     fs::write(directory.path().join("store"), "a file").unwrap();
     let Err(error) = open(options(directory.path(), Engine::Sled)) else {
         panic!("a store was opened in a file");

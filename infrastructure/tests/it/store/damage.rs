@@ -9,10 +9,12 @@ use ghost_domain::ports::{Change, StoreContents};
 use ghost_infrastructure::store::{Engine, Helper, open};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use tempfile::{TempDir, tempdir};
+use tempfile::TempDir;
 
 use super::samples::{Model, one_of_every_kind, operation, put_vm};
-use super::{children, contents_of, hush_engine_panics, on_both_engines, options, reopen, run};
+use super::{
+    children, contents_of, hush_engine_panics, on_both_engines, options, reopen, run, scratch,
+};
 
 on_both_engines!(
     no_damaged_file_goes_unnoticed,
@@ -39,7 +41,7 @@ struct Pristine {
 impl Pristine {
     fn new(engine: Engine) -> Self {
         hush_engine_panics();
-        let directory = tempdir().unwrap();
+        let directory = scratch();
         let store = reopen(directory.path(), engine);
         let mut model = Model::default();
         let (exported, newest) = run(async {
@@ -70,7 +72,7 @@ impl Pristine {
     }
 
     fn copy(&self) -> TempDir {
-        let copy = tempdir().unwrap();
+        let copy = scratch();
         copy_directory(self.directory.path(), copy.path());
         copy
     }

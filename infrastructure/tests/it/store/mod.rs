@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use ghost_domain::ports::{StateStore, StoreContents};
 use ghost_infrastructure::store::{Engine, StoreOptions, open};
+use tempfile::TempDir;
 
 /// Runs each function, which takes an `Engine`, as one test for each engine.
 macro_rules! on_both_engines {
@@ -51,6 +52,12 @@ fn contents_of(directory: &Path, engine: Engine) -> StoreContents {
         store.close().await.unwrap();
         contents
     })
+}
+
+/// A directory in memory where there is one: these tests ask what is in the files, not how they
+/// survive, and thousands of syncs on a busy disk take minutes.
+fn scratch() -> TempDir {
+    tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| tempfile::tempdir().unwrap())
 }
 
 /// Damaged files make the engines panic, which the store catches. Hundreds of backtraces would take

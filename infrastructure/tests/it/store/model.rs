@@ -6,13 +6,12 @@ use ghost_domain::ports::Change;
 use ghost_infrastructure::store::Engine;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
-use tempfile::tempdir;
 
 use super::samples::{
     Model, api_key, bulky_vm, certificate, credential_id, image, join_token, operation,
     operation_id, put_vm, vm_id,
 };
-use super::{on_both_engines, reopen, run};
+use super::{on_both_engines, reopen, run, scratch};
 
 on_both_engines!(it_does_what_a_map_does);
 
@@ -62,7 +61,7 @@ fn it_does_what_a_map_does(engine: Engine) {
     });
     runner
         .run(&proptest::collection::vec(act(), 1..60), |acts| {
-            let directory = tempdir().unwrap();
+            let directory = scratch();
             play(directory.path(), engine, acts);
             Ok(())
         })
