@@ -135,6 +135,9 @@ pub struct UseCases {
     pub authenticate_key: access::AuthenticateKey,
 }
 
+/// How long the first look at libvirt is waited for.
+const FIRST_LOOK: Duration = Duration::from_secs(2);
+
 /// The running application.
 pub struct Application {
     use_cases: Arc<UseCases>,
@@ -186,6 +189,12 @@ impl Application {
         let use_cases = Arc::new(use_cases(&registry, &engine, &ports, started));
         let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
         supervisor.spawn(&tasks, &stop);
+        // Whoever calls at once should not meet states that are unknown for half a second more.
+        // Where libvirt is away the agent serves without it.
+        let looked = registry.wait_for(|model| model.link.connected.then_some(()));
+        if tokio::time::timeout(FIRST_LOOK, looked).await.is_err() {
+            tracing::warn!("libvirt does not answer yet; states are unknown until it does");
+        }
         Ok(Self {
             use_cases,
             engine,

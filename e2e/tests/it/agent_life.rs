@@ -277,6 +277,10 @@ fn an_upgrade_in_place_touches_no_guest() {
     wait_ready(&agent, &web);
     let vm = id(&agent, &web);
     let qemu = qemu_pid(&vm);
+    // The guest knows its address a moment before the agent has read the lease.
+    agent
+        .ctl()
+        .ok(&["vm", "wait", &web, "--for", "address", "--timeout", "60s"]);
     let address = show(&agent, &web)["nics"][0]["addresses"].clone();
     for _ in 0..3 {
         agent.stop();
