@@ -342,6 +342,35 @@ fn the_probe_tells_what_is_there(engine: Engine) {
     ));
 }
 
+/// Records as schema version 1 wrote them, one of every kind. They must be readable for ever: a new
+/// version adds a file and a test beside these. Made by `GHOST_STORE_FIXTURE_WRITE=1` with this
+/// test, when version 1 was frozen.
+#[test]
+fn records_of_schema_version_1_are_read() {
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/store/fixtures/v1.cbor");
+    let changes = one_of_every_kind();
+    if std::env::var_os("GHOST_STORE_FIXTURE_WRITE").is_some() {
+        let directory = scratch();
+        let store = reopen(directory.path(), Engine::Sled);
+        run(async {
+            store.commit(changes.clone()).await.unwrap();
+            store.export().await.unwrap();
+        });
+        let exports = fs::read_dir(directory.path().join("store/exports")).unwrap();
+        let export = exports.map(|entry| entry.unwrap().path()).next().unwrap();
+        fs::copy(export, &fixture).unwrap();
+    }
+    for engine in Engine::ALL {
+        let directory = scratch();
+        let exports = directory.path().join("store/exports");
+        fs::create_dir_all(&exports).unwrap();
+        fs::copy(&fixture, exports.join("export-00000000000000000002.cbor")).unwrap();
+        let mut contents = contents_of(directory.path(), engine);
+        assert!(contents.damage.take().unwrap().contains("7 records"));
+        assert_eq!(contents, Model::of(&changes).contents(), "{engine}");
+    }
+}
+
 /// A store changes its engine without losing anything, and back.
 #[test]
 fn the_engine_can_be_changed_by_configuration() {
