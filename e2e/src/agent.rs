@@ -153,13 +153,22 @@ impl Builder {
 }
 
 impl Agent {
-    /// Starts it (again, on the same data) and waits until it answers.
+    /// Starts it (again, on the same data) and waits until it answers and has found libvirt.
     ///
     /// # Panics
     /// Where it does not.
     pub fn start(&mut self) {
         self.spawn();
         self.wait_ready();
+        let ctl = self.ctl();
+        wait::until_ok("the agent has found libvirt", START, || {
+            let status = ctl.run(&["status", "-o", "json"]).stdout;
+            let status: Value = serde_json::from_str(&status).unwrap_or_default();
+            match status["hypervisor"]["state"].as_str() {
+                Some("connected") => Ok(()),
+                _ => Err(status["hypervisor"].to_string()),
+            }
+        });
     }
 
     /// Starts the process and waits for nothing.

@@ -247,7 +247,8 @@ fn an_agent_that_finds_no_libvirt_waits_for_it() {
         (!agent.folder().join("libvirt.sock").exists()).then_some(())
     });
     agent.set("libvirt.uri", proxy.uri());
-    agent.start();
+    agent.spawn();
+    agent.wait_ready();
     let ctl = agent.ctl();
     let status = ctl.json(&["status"]);
     assert_eq!(status["hypervisor"]["state"], "unreachable", "{status}");
