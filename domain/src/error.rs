@@ -101,6 +101,20 @@ codes! {
     HypervisorUnavailable = "hypervisor_unavailable",
     /// libvirt or QEMU refused or failed.
     HypervisorFailed = "hypervisor_failed",
+    /// The agent in the guest cannot be reached: no channel, no hello, or it went away.
+    GuestUnreachable = "guest_unreachable",
+    /// The guest's agent cannot or may not do this.
+    GuestUnsupported = "guest_unsupported",
+    /// The guest refused or failed.
+    GuestFailed = "guest_failed",
+    /// The guest has no such file.
+    GuestFileNotFound = "guest_file_not_found",
+    /// The path leads out of what the guest's owner opened.
+    GuestPathDenied = "guest_path_denied",
+    /// Guest access of this VM is off.
+    GuestAccessOff = "guest_access_off",
+    /// The owner closed all ways into guests.
+    Lockdown = "lockdown",
     /// The network could not be made or started.
     NetworkFailed = "network_failed",
     /// The state store cannot take writes.

@@ -13,6 +13,7 @@
 mod access;
 mod error;
 mod event;
+pub mod guest;
 mod identifier;
 mod image;
 mod mac;

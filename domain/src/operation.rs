@@ -72,6 +72,8 @@ pub struct VmChange {
     pub memory: Option<ByteSize>,
     /// Delete protection on or off.
     pub delete_protection: Option<bool>,
+    /// Guest access on or off.
+    pub guest_access: Option<bool>,
     /// Autostart: `Some(None)` switches it off.
     pub autostart: Option<Option<Autostart>>,
     /// What happens after a crash.

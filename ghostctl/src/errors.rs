@@ -83,6 +83,7 @@ codes! {
     "operation_not_found" => OperationNotFound, NotFound;
     "network_not_found" => NetworkNotFound, NotFound;
     "credential_not_found" => CredentialNotFound, NotFound;
+    "guest_file_not_found" => GuestFileNotFound, NotFound;
     "not_found" => NotFound, NotFound;
 
     "name_taken" => NameTaken, Conflict;
@@ -99,11 +100,15 @@ codes! {
 
     "agent_unreachable" => AgentUnreachable, Unreachable;
     "recovering" => Recovering, Unreachable;
+    "guest_unreachable" => GuestUnreachable, Unreachable;
     "shutting_down" => ShuttingDown, Unreachable;
 
     "unauthenticated" => Unauthenticated, Denied;
     "permission_denied" => PermissionDenied, Denied;
     "token_invalid" => TokenInvalid, Denied;
+    "guest_path_denied" => GuestPathDenied, Denied;
+    "guest_access_off" => GuestAccessOff, Denied;
+    "lockdown" => Lockdown, Denied;
 
     "deadline_exceeded" => DeadlineExceeded, TimedOut;
 
@@ -118,6 +123,8 @@ codes! {
     "image_too_large" => ImageTooLarge, Failed;
     "hypervisor_unavailable" => HypervisorUnavailable, Failed;
     "hypervisor_failed" => HypervisorFailed, Failed;
+    "guest_unsupported" => GuestUnsupported, Failed;
+    "guest_failed" => GuestFailed, Failed;
     "network_failed" => NetworkFailed, Failed;
     "store_unavailable" => StoreUnavailable, Failed;
     "cancelled" => Cancelled, Failed;

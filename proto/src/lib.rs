@@ -1,8 +1,12 @@
 //! Ghost's protocol: the messages and services of `ghost.agent.v1` as generated code that is
 //! checked in (`tests/generate.rs` holds it to the `.proto` files), and the JSON views that HTTP
 //! and the command line share.
+//!
+//! Without the default features only [`guest`] is left: all that a program inside a VM needs, and
+//! nothing that would make it large.
 
 /// The host agent's API, version 1.
+#[cfg(feature = "agent")]
 pub mod agent {
     /// Generated from `proto/ghost/agent/v1/*.proto`.
     #[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub)]
@@ -12,7 +16,32 @@ pub mod agent {
     }
 }
 
+/// What the host agent and the agent in a VM say to each other over the virtio-serial channel.
+pub mod guest {
+    pub mod frame;
+
+    /// Generated from `proto/ghost/guest/v1/*.proto`.
+    #[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub)]
+    #[rustfmt::skip]
+    pub mod v1 {
+        include!("generated/ghost.guest.v1.rs");
+    }
+
+    /// The oldest protocol version that this release speaks.
+    pub const OLDEST_VERSION: u32 = 1;
+    /// The newest.
+    pub const NEWEST_VERSION: u32 = 1;
+    /// The name of the virtio-serial port, in the domain and in the guest.
+    pub const PORT_NAME: &str = "org.ghost.agent.0";
+    /// How many bytes of one stream of a call may be under way without a grant.
+    pub const INITIAL_WINDOW: u64 = 256 * 1024;
+    /// Most bytes in one `StreamData`.
+    pub const MOST_STREAM_DATA: usize = 64 * 1024;
+}
+
 /// The file descriptor set of all packages, for gRPC reflection.
+#[cfg(feature = "agent")]
 pub const DESCRIPTORS: &[u8] = include_bytes!("generated/descriptors.bin");
 
+#[cfg(feature = "agent")]
 pub mod view;

@@ -7,10 +7,15 @@ use std::path::Path;
 #[test]
 fn generated_code_matches_the_protocol() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let mut files: Vec<_> = fs::read_dir(root.join("proto/ghost/agent/v1"))
-        .unwrap()
-        .map(|entry| format!("ghost/agent/v1/{}", entry.unwrap().file_name().display()))
-        .collect();
+    let mut files = Vec::new();
+    for package in ["ghost/agent/v1", "ghost/guest/v1"] {
+        for entry in fs::read_dir(root.join("proto").join(package)).unwrap() {
+            files.push(format!(
+                "{package}/{}",
+                entry.unwrap().file_name().display()
+            ));
+        }
+    }
     files.sort();
     let descriptors = protox::compile(&files, [root.join("proto")]).unwrap();
 
@@ -20,6 +25,12 @@ fn generated_code_matches_the_protocol() {
         .file_descriptor_set_path(out.path().join("descriptors.bin"))
         .btree_map(".")
         .bytes(".ghost.agent.v1.ImportImageRequest")
+        // File contents and output are passed on, not copied.
+        .bytes(".ghost.agent.v1.ExecInput")
+        .bytes(".ghost.agent.v1.ExecOutput")
+        .bytes(".ghost.agent.v1.ReadGuestFileResponse")
+        .bytes(".ghost.agent.v1.WriteGuestFileRequest")
+        .bytes(".ghost.guest.v1.StreamData")
         .compile_fds(descriptors.clone())
         .unwrap();
     fs::write(

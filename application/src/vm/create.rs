@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use ghost_domain::guest::GuestPolicy;
 use ghost_domain::ports::Change;
 use ghost_domain::vm::{
     Autostart, CloudInit, DesiredPower, ImageReference, Lifecycle, NetworkInterface, RestartPolicy,
@@ -50,6 +51,8 @@ pub struct CreateVmCommand {
     pub restart_policy: Option<(u32, u64)>,
     /// Refuse to delete it.
     pub delete_protection: bool,
+    /// The agent inside it; `None`: as the host is configured, access on.
+    pub guest: Option<GuestPolicy>,
     /// Start it once it is made.
     pub start: bool,
     /// Check everything and change nothing.
@@ -275,6 +278,7 @@ fn draft(command: &CreateVmCommand, now: Timestamp) -> Result<(Vm, bool)> {
             },
         },
         delete_protection: command.delete_protection,
+        guest: command.guest.unwrap_or_default(),
         tags: command.tags.clone(),
     };
     spec.validate()?;

@@ -40,6 +40,7 @@ pub(crate) mod tests_support {
                 autostart: None,
                 restart_policy: RestartPolicy::default(),
                 delete_protection: false,
+                guest: Default::default(),
                 tags: Default::default(),
             },
             cloud_init: CloudInit::default(),

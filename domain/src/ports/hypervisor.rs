@@ -55,6 +55,8 @@ pub struct DomainDefinition {
     pub console_socket: PathBuf,
     /// The console's log, written and bounded by virtlogd.
     pub console_log: PathBuf,
+    /// Unix socket of the guest agent's virtio-serial channel, where QEMU listens.
+    pub guest_socket: PathBuf,
     /// For each network card of the spec, in order: the libvirt network behind its network.
     pub libvirt_networks: Vec<String>,
     /// The base image of the disk and its format, spelled out in the backing chain so that

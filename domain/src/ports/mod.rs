@@ -11,6 +11,7 @@
 
 mod access;
 mod clock;
+mod guest;
 mod host;
 mod hypervisor;
 mod image;
@@ -20,6 +21,10 @@ mod vm_storage;
 
 pub use access::{CertificateAuthority, IssuedCertificate};
 pub use clock::Clock;
+pub use guest::{
+    AuditLog, ExecEvent, ExecInput, ExecOutput, ExecSession, GuestEvent, GuestEvents,
+    GuestFileReader, GuestFileWriter, GuestLinks, GuestProgramFile,
+};
 pub use host::{HostFacts, HostProbe, HostUsage};
 pub use hypervisor::{
     Accelerator, DomainDefinition, DomainSnapshot, DomainStatistics, Hypervisor, HypervisorEvent,
@@ -36,6 +41,7 @@ pub use vm_storage::{
 pub use {
     access::MockCertificateAuthority,
     clock::MockClock,
+    guest::{MockAuditLog, MockGuestLinks},
     host::MockHostProbe,
     hypervisor::MockHypervisor,
     image::{MockImageCache, MockImageCatalogue},

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
 
+use crate::guest::GuestInject;
 use crate::vm::CloudInit;
 use crate::{ByteSize, ImageFormat, Result, VmId, VmName};
 
@@ -16,6 +17,8 @@ pub struct Seed {
     pub hostname: VmName,
     /// What the caller gave.
     pub cloud_init: CloudInit,
+    /// How the guest agent is brought in.
+    pub inject: GuestInject,
 }
 
 /// What a VM's files take.
@@ -72,6 +75,8 @@ pub trait VmStorage: Send + Sync {
     fn seed_path(&self, vm: VmId) -> PathBuf;
     /// Where QEMU listens for its serial console.
     fn console_socket_path(&self, vm: VmId) -> PathBuf;
+    /// Where QEMU listens for its guest agent's channel.
+    fn guest_socket_path(&self, vm: VmId) -> PathBuf;
     /// Where its console log is.
     fn console_log_path(&self, vm: VmId) -> PathBuf;
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use crate::guest::GuestPolicy;
 use crate::{
     ByteSize, Demand, Error, ErrorCode, ImageDigest, ImageFormat, ImageName, MacAddress,
     NetworkName, Timestamp, VmId, VmName,
@@ -91,6 +92,8 @@ pub struct VmSpec {
     pub restart_policy: RestartPolicy,
     /// Refuse to delete it.
     pub delete_protection: bool,
+    /// The agent inside it.
+    pub guest: GuestPolicy,
     /// The owner's labels: keys and values of at most 63 and 255 characters, at most 32 of them.
     pub tags: BTreeMap<String, String>,
 }

@@ -400,6 +400,7 @@ mod tests {
                 autostart: None,
                 restart_policy: RestartPolicy::Never,
                 delete_protection: false,
+                guest: Default::default(),
                 tags: Default::default(),
             },
             cloud_init: CloudInit::default(),

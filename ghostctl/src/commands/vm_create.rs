@@ -117,6 +117,7 @@ fn request(
         autostart: autostart(life),
         restart_policy: restart_policy(life),
         delete_protection: spec.protect,
+        guest: None,
         start,
         request_id: String::new(),
         dry_run: spec.dry_run,

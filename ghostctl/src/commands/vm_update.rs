@@ -15,6 +15,7 @@ pub(super) async fn run(args: VmUpdate, session: &Session) -> Result<Exit, Failu
         request_id: String::new(),
         vcpus: args.cpus,
         memory_bytes: args.memory,
+        guest_access: None,
         delete_protection: match (args.protect, args.unprotect) {
             (true, _) => Some(true),
             (false, true) => Some(false),

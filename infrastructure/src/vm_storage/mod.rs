@@ -165,6 +165,10 @@ impl VmStorage for DirectoryVmStorage {
         self.folder(vm).join("console.sock")
     }
 
+    fn guest_socket_path(&self, vm: VmId) -> PathBuf {
+        self.folder(vm).join("guest.sock")
+    }
+
     fn console_log_path(&self, vm: VmId) -> PathBuf {
         self.folder(vm).join("console.log")
     }

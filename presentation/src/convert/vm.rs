@@ -2,6 +2,7 @@
 
 use ghost_application::VmView;
 use ghost_application::vm::{CreateVmCommand, StopCommand, UpdateVmCommand};
+use ghost_domain::guest::{GuestInject, GuestPolicy};
 use ghost_domain::vm::{Autostart, DesiredPower, RestartPolicy, VmState};
 use ghost_domain::{ByteSize, Error, ErrorCode, Result, VmChange};
 use ghost_proto::agent::v1 as message;
@@ -77,7 +78,22 @@ pub fn vm(view: &VmView) -> message::Vm {
             },
         }),
         delete_protection: vm.spec.delete_protection,
+        guest: Some(message::GuestPolicy {
+            inject: vm.spec.guest.inject.as_str().to_owned(),
+            access: vm.spec.guest.access,
+        }),
     }
+}
+
+/// Reads what a caller wants of the guest agent; an empty `inject` is the default.
+fn guest_policy(given: message::GuestPolicy) -> Result<GuestPolicy> {
+    Ok(GuestPolicy {
+        inject: match given.inject.as_str() {
+            "" => GuestInject::default(),
+            text => text.parse()?,
+        },
+        access: given.access,
+    })
 }
 
 const fn state(state: VmState) -> message::VmState {
@@ -138,6 +154,7 @@ pub fn create_vm(request: message::CreateVmRequest) -> Result<CreateVmCommand> {
             })
             .transpose()?,
         delete_protection: request.delete_protection,
+        guest: request.guest.map(guest_policy).transpose()?,
         start: request.start,
         dry_run: request.dry_run,
         request_id: request_id(&request.request_id)?,
@@ -202,6 +219,7 @@ pub fn update_vm(request: message::UpdateVmRequest) -> Result<UpdateVmCommand> {
             vcpus: request.vcpus,
             memory: request.memory_bytes.map(ByteSize::from_bytes),
             delete_protection: request.delete_protection,
+            guest_access: request.guest_access,
             autostart,
             restart_policy,
             tags,

@@ -37,7 +37,8 @@ pub const fn grpc_code(code: ErrorCode) -> Code {
         | ErrorCode::ImageNotFound
         | ErrorCode::OperationNotFound
         | ErrorCode::NetworkNotFound
-        | ErrorCode::CredentialNotFound => Code::NotFound,
+        | ErrorCode::CredentialNotFound
+        | ErrorCode::GuestFileNotFound => Code::NotFound,
 
         // What only a client of another version can ask for.
         ErrorCode::NotFound => Code::Unimplemented,
@@ -50,6 +51,8 @@ pub const fn grpc_code(code: ErrorCode) -> Code {
         | ErrorCode::WrongState
         | ErrorCode::DeleteProtected
         | ErrorCode::OperationFinished
+        | ErrorCode::GuestUnsupported
+        | ErrorCode::GuestFailed
         | ErrorCode::ChecksumMismatch => Code::FailedPrecondition,
 
         // Another request got in between: look again, then decide.
@@ -62,6 +65,7 @@ pub const fn grpc_code(code: ErrorCode) -> Code {
 
         ErrorCode::DownloadFailed
         | ErrorCode::HypervisorUnavailable
+        | ErrorCode::GuestUnreachable
         | ErrorCode::StoreUnavailable
         | ErrorCode::Recovering
         | ErrorCode::ShuttingDown
@@ -70,7 +74,10 @@ pub const fn grpc_code(code: ErrorCode) -> Code {
         ErrorCode::DeadlineExceeded => Code::DeadlineExceeded,
         ErrorCode::Cancelled => Code::Cancelled,
         ErrorCode::Unauthenticated | ErrorCode::TokenInvalid => Code::Unauthenticated,
-        ErrorCode::PermissionDenied => Code::PermissionDenied,
+        ErrorCode::PermissionDenied
+        | ErrorCode::GuestPathDenied
+        | ErrorCode::GuestAccessOff
+        | ErrorCode::Lockdown => Code::PermissionDenied,
 
         ErrorCode::HypervisorFailed
         | ErrorCode::NetworkFailed

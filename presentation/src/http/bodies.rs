@@ -5,10 +5,34 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use ghost_application::vm::{CreateVmCommand, UpdateVmCommand};
+use ghost_domain::guest::GuestPolicy;
 use ghost_domain::vm::{Autostart, RestartPolicy};
 use ghost_domain::{ByteSize, Error, ErrorCode, RequestId, Result, VmChange};
 use serde::{Deserialize, Deserializer};
 use utoipa::{IntoParams, ToSchema};
+
+/// The agent inside a VM.
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct GuestBody {
+    /// How it gets there: `auto` (the default), `always` or `never`.
+    inject: Option<String>,
+    /// Whether the guest may be entered through it; it may where this is left out.
+    access: Option<bool>,
+}
+
+impl GuestBody {
+    fn policy(self) -> Result<GuestPolicy, Error> {
+        let usual = GuestPolicy::default();
+        Ok(GuestPolicy {
+            inject: match self.inject {
+                None => usual.inject,
+                Some(text) => text.parse()?,
+            },
+            access: self.access.unwrap_or(usual.access),
+        })
+    }
+}
 
 /// Start with the host.
 #[derive(Clone, Copy, Debug, Deserialize, ToSchema)]
@@ -69,6 +93,8 @@ pub(super) struct CreateVmBody {
     /// Refuse to delete it.
     #[serde(default)]
     delete_protection: bool,
+    /// The agent inside it.
+    guest: Option<GuestBody>,
     /// Start it once it is made.
     #[serde(default)]
     start: bool,
@@ -106,6 +132,7 @@ impl CreateVmBody {
                 })
                 .transpose()?,
             delete_protection: self.delete_protection,
+            guest: self.guest.map(GuestBody::policy).transpose()?,
             start: self.start,
             dry_run: self.dry_run,
             request_id,
@@ -123,6 +150,8 @@ pub(super) struct UpdateVmBody {
     memory_bytes: Option<u64>,
     /// Refuse to delete it.
     delete_protection: Option<bool>,
+    /// Whether the guest may be entered through its agent.
+    guest_access: Option<bool>,
     /// `null` switches it off.
     #[serde(default, deserialize_with = "present")]
     #[schema(value_type = Option<AutostartBody>)]
@@ -177,6 +206,7 @@ impl UpdateVmBody {
                 vcpus: self.vcpus,
                 memory: self.memory_bytes.map(ByteSize::from_bytes),
                 delete_protection: self.delete_protection,
+                guest_access: self.guest_access,
                 autostart,
                 restart_policy,
                 tags: self.tags.into_iter().collect(),

@@ -57,6 +57,7 @@ pub const fn http_status(code: ErrorCode) -> StatusCode {
         | ErrorCode::OperationNotFound
         | ErrorCode::NetworkNotFound
         | ErrorCode::CredentialNotFound
+        | ErrorCode::GuestFileNotFound
         | ErrorCode::NotFound => StatusCode::NOT_FOUND,
 
         ErrorCode::VmAmbiguous
@@ -69,6 +70,7 @@ pub const fn http_status(code: ErrorCode) -> StatusCode {
         | ErrorCode::WrongState
         | ErrorCode::DeleteProtected
         | ErrorCode::OperationFinished
+        | ErrorCode::GuestUnsupported
         | ErrorCode::Cancelled => StatusCode::CONFLICT,
 
         ErrorCode::GenerationMismatch => StatusCode::PRECONDITION_FAILED,
@@ -77,11 +79,13 @@ pub const fn http_status(code: ErrorCode) -> StatusCode {
 
         ErrorCode::TooManyRequests => StatusCode::TOO_MANY_REQUESTS,
 
-        ErrorCode::DownloadFailed | ErrorCode::HypervisorFailed | ErrorCode::NetworkFailed => {
-            StatusCode::BAD_GATEWAY
-        }
+        ErrorCode::DownloadFailed
+        | ErrorCode::HypervisorFailed
+        | ErrorCode::GuestFailed
+        | ErrorCode::NetworkFailed => StatusCode::BAD_GATEWAY,
 
         ErrorCode::HypervisorUnavailable
+        | ErrorCode::GuestUnreachable
         | ErrorCode::StoreUnavailable
         | ErrorCode::Recovering
         | ErrorCode::ShuttingDown
@@ -89,7 +93,10 @@ pub const fn http_status(code: ErrorCode) -> StatusCode {
 
         ErrorCode::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
         ErrorCode::Unauthenticated | ErrorCode::TokenInvalid => StatusCode::UNAUTHORIZED,
-        ErrorCode::PermissionDenied => StatusCode::FORBIDDEN,
+        ErrorCode::PermissionDenied
+        | ErrorCode::GuestPathDenied
+        | ErrorCode::GuestAccessOff
+        | ErrorCode::Lockdown => StatusCode::FORBIDDEN,
         ErrorCode::IoFailed | ErrorCode::Internal => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }

@@ -134,6 +134,7 @@ fn vm() -> Vm {
             autostart: None,
             restart_policy: RestartPolicy::Never,
             delete_protection: false,
+            guest: Default::default(),
             tags: [("env".to_owned(), "test".to_owned())].into(),
         },
         cloud_init: CloudInit::default(),
@@ -306,6 +307,7 @@ fn storage(knobs: &Arc<Knobs>) -> MockVmStorage {
     storage
         .expect_console_socket_path()
         .returning(path("console"));
+    storage.expect_guest_socket_path().returning(path("guest"));
     storage.expect_console_log_path().returning(path("log"));
     storage.expect_create_folder().returning(|_| Ok(()));
     storage.expect_create_disk().returning(|_, _, _, _| Ok(()));

@@ -1127,6 +1127,19 @@ pub struct Vm {
     pub restart_policy: ::core::option::Option<RestartPolicy>,
     #[prost(bool, tag = "20")]
     pub delete_protection: bool,
+    #[prost(message, optional, tag = "21")]
+    pub guest: ::core::option::Option<GuestPolicy>,
+}
+/// What the agent in the VM is for.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GuestPolicy {
+    /// How it gets there: `auto` (by the seed, unless the image has it), `always` (by the seed) or
+    /// `never`.
+    #[prost(string, tag = "1")]
+    pub inject: ::prost::alloc::string::String,
+    /// Whether exec, shell, files and accounts of the guest may be reached through it.
+    #[prost(bool, tag = "2")]
+    pub access: bool,
 }
 /// Why an operation failed: the same parts as an error of a call.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1322,6 +1335,2469 @@ impl OperationStatus {
             "OPERATION_STATUS_NEEDS_ATTENTION" => Some(Self::NeedsAttention),
             _ => None,
         }
+    }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetGuestStatusRequest {
+    #[prost(string, tag = "1")]
+    pub vm: ::prost::alloc::string::String,
+}
+/// One layer, from the outside in: `domain`, `access`, `channel`, `agent`, `version`, `telemetry`.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GuestLayer {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(bool, tag = "2")]
+    pub ok: bool,
+    /// What is there, or what is wrong.
+    #[prost(string, tag = "3")]
+    pub detail: ::prost::alloc::string::String,
+    /// What to do where it is not ok.
+    #[prost(string, tag = "4")]
+    pub hint: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct GuestStatus {
+    #[prost(string, tag = "1")]
+    pub vm_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub vm_name: ::prost::alloc::string::String,
+    #[prost(message, repeated, tag = "3")]
+    pub layers: ::prost::alloc::vec::Vec<GuestLayer>,
+    /// All that a call needs is there.
+    #[prost(bool, tag = "4")]
+    pub ready: bool,
+    /// As the guest reports it; empty before its first hello.
+    #[prost(string, tag = "5")]
+    pub agent_version: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "6")]
+    pub protocol_version: u32,
+    #[prost(string, repeated, tag = "7")]
+    pub capabilities: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(string, tag = "8")]
+    pub operating_system: ::prost::alloc::string::String,
+    #[prost(string, tag = "9")]
+    pub kernel: ::prost::alloc::string::String,
+    #[prost(string, tag = "10")]
+    pub hostname: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "11")]
+    pub connected_at: ::core::option::Option<::prost_types::Timestamp>,
+    #[prost(message, optional, tag = "12")]
+    pub last_seen_age: ::core::option::Option<::prost_types::Duration>,
+    /// An agent program newer than the guest's is at hand.
+    #[prost(bool, tag = "13")]
+    pub outdated: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PingGuestRequest {
+    #[prost(string, tag = "1")]
+    pub vm: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PingGuestResponse {
+    #[prost(message, optional, tag = "1")]
+    pub round_trip: ::core::option::Option<::prost_types::Duration>,
+    #[prost(string, tag = "2")]
+    pub agent_version: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GuestTerminal {
+    #[prost(uint32, tag = "1")]
+    pub rows: u32,
+    #[prost(uint32, tag = "2")]
+    pub columns: u32,
+    /// The value of TERM.
+    #[prost(string, tag = "3")]
+    pub kind: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ExecInput {
+    #[prost(oneof = "exec_input::Input", tags = "1, 2, 3, 4, 5")]
+    pub input: ::core::option::Option<exec_input::Input>,
+}
+/// Nested message and enum types in `ExecInput`.
+pub mod exec_input {
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct StdinEnd {}
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum Input {
+        #[prost(message, tag = "1")]
+        Start(super::ExecStart),
+        #[prost(bytes, tag = "2")]
+        Stdin(::prost::bytes::Bytes),
+        /// Nothing more comes on stdin.
+        #[prost(message, tag = "3")]
+        StdinEnd(StdinEnd),
+        #[prost(message, tag = "4")]
+        Resize(super::GuestTerminal),
+        /// A Linux signal number, to the process group.
+        #[prost(uint32, tag = "5")]
+        Signal(u32),
+    }
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ExecStart {
+    #[prost(string, tag = "1")]
+    pub vm: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub program: ::prost::alloc::string::String,
+    #[prost(string, repeated, tag = "3")]
+    pub arguments: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(btree_map = "string, string", tag = "4")]
+    pub environment: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+    #[prost(string, tag = "5")]
+    pub working_directory: ::prost::alloc::string::String,
+    #[prost(string, tag = "6")]
+    pub user: ::prost::alloc::string::String,
+    #[prost(string, tag = "7")]
+    pub group: ::prost::alloc::string::String,
+    /// Whether stdin follows.
+    #[prost(bool, tag = "8")]
+    pub stdin: bool,
+    #[prost(message, optional, tag = "9")]
+    pub terminal: ::core::option::Option<GuestTerminal>,
+    /// Absent: no limit.
+    #[prost(message, optional, tag = "10")]
+    pub timeout: ::core::option::Option<::prost_types::Duration>,
+    /// 0: no cap.
+    #[prost(uint64, tag = "11")]
+    pub max_output_bytes: u64,
+    /// The user's login shell instead of a program.
+    #[prost(bool, tag = "12")]
+    pub login_shell: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ExecOutput {
+    #[prost(oneof = "exec_output::Output", tags = "1, 2, 3, 4")]
+    pub output: ::core::option::Option<exec_output::Output>,
+}
+/// Nested message and enum types in `ExecOutput`.
+pub mod exec_output {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Output {
+        #[prost(message, tag = "1")]
+        Started(super::ExecStarted),
+        #[prost(bytes, tag = "2")]
+        Stdout(::prost::bytes::Bytes),
+        #[prost(bytes, tag = "3")]
+        Stderr(::prost::bytes::Bytes),
+        #[prost(message, tag = "4")]
+        Exited(super::ExecExited),
+    }
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ExecStarted {
+    #[prost(uint32, tag = "1")]
+    pub pid: u32,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ExecExited {
+    #[prost(uint32, tag = "1")]
+    pub code: u32,
+    /// 0: none.
+    #[prost(uint32, tag = "2")]
+    pub signal: u32,
+    #[prost(bool, tag = "3")]
+    pub timed_out: bool,
+    #[prost(bool, tag = "4")]
+    pub cancelled: bool,
+    #[prost(uint64, tag = "5")]
+    pub truncated_bytes: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GuestFile {
+    /// The name within its directory; empty in the answer to a stat.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(enumeration = "GuestFileKind", tag = "2")]
+    pub kind: i32,
+    #[prost(uint64, tag = "3")]
+    pub size_bytes: u64,
+    #[prost(uint32, tag = "4")]
+    pub mode: u32,
+    #[prost(uint32, tag = "5")]
+    pub uid: u32,
+    #[prost(uint32, tag = "6")]
+    pub gid: u32,
+    #[prost(message, optional, tag = "7")]
+    pub modified_at: ::core::option::Option<::prost_types::Timestamp>,
+    #[prost(string, tag = "8")]
+    pub symlink_target: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct StatGuestFileRequest {
+    #[prost(string, tag = "1")]
+    pub vm: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub path: ::prost::alloc::string::String,
+    #[prost(bool, tag = "3")]
+    pub follow: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListGuestFilesRequest {
+    #[prost(string, tag = "1")]
+    pub vm: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub path: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub after: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "4")]
+    pub limit: u32,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListGuestFilesResponse {
+    #[prost(message, repeated, tag = "1")]
+    pub files: ::prost::alloc::vec::Vec<GuestFile>,
+    #[prost(bool, tag = "2")]
+    pub more: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MakeGuestDirectoryRequest {
+    #[prost(string, tag = "1")]
+    pub vm: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub path: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "3")]
+    pub mode: u32,
+    #[prost(uint32, tag = "4")]
+    pub uid: u32,
+    #[prost(uint32, tag = "5")]
+    pub gid: u32,
+    #[prost(bool, tag = "6")]
+    pub keep_owner: bool,
+    #[prost(bool, tag = "7")]
+    pub make_parents: bool,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MakeGuestDirectoryResponse {}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReadGuestFileRequest {
+    #[prost(string, tag = "1")]
+    pub vm: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub path: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "3")]
+    pub offset: u64,
+    /// 0: to the end.
+    #[prost(uint64, tag = "4")]
+    pub length: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReadGuestFileResponse {
+    #[prost(oneof = "read_guest_file_response::Event", tags = "1, 2, 3")]
+    pub event: ::core::option::Option<read_guest_file_response::Event>,
+}
+/// Nested message and enum types in `ReadGuestFileResponse`.
+pub mod read_guest_file_response {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Event {
+        #[prost(message, tag = "1")]
+        Opened(super::GuestFile),
+        #[prost(bytes, tag = "2")]
+        Data(::prost::bytes::Bytes),
+        #[prost(message, tag = "3")]
+        Finished(super::GuestFileSum),
+    }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GuestFileSum {
+    #[prost(uint64, tag = "1")]
+    pub size_bytes: u64,
+    /// XXH3-128, 16 bytes, big endian.
+    #[prost(bytes = "vec", tag = "2")]
+    pub checksum: ::prost::alloc::vec::Vec<u8>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WriteGuestFileRequest {
+    #[prost(oneof = "write_guest_file_request::Event", tags = "1, 2, 3")]
+    pub event: ::core::option::Option<write_guest_file_request::Event>,
+}
+/// Nested message and enum types in `WriteGuestFileRequest`.
+pub mod write_guest_file_request {
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct End {}
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Event {
+        #[prost(message, tag = "1")]
+        Start(super::WriteGuestFileStart),
+        #[prost(bytes, tag = "2")]
+        Data(::prost::bytes::Bytes),
+        #[prost(message, tag = "3")]
+        End(End),
+    }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WriteGuestFileStart {
+    #[prost(string, tag = "1")]
+    pub vm: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub path: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "3")]
+    pub size_bytes: u64,
+    #[prost(uint32, tag = "4")]
+    pub mode: u32,
+    #[prost(uint32, tag = "5")]
+    pub uid: u32,
+    #[prost(uint32, tag = "6")]
+    pub gid: u32,
+    #[prost(bool, tag = "7")]
+    pub keep_owner: bool,
+    /// XXH3-128 of the whole content; needed for `resume`.
+    #[prost(bytes = "vec", tag = "8")]
+    pub checksum: ::prost::alloc::vec::Vec<u8>,
+    #[prost(bool, tag = "9")]
+    pub resume: bool,
+    #[prost(bool, tag = "10")]
+    pub make_parents: bool,
+    #[prost(bool, tag = "11")]
+    pub no_replace: bool,
+    #[prost(message, optional, tag = "12")]
+    pub modified_at: ::core::option::Option<::prost_types::Timestamp>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WriteGuestFileResponse {
+    #[prost(oneof = "write_guest_file_response::Event", tags = "1, 2")]
+    pub event: ::core::option::Option<write_guest_file_response::Event>,
+}
+/// Nested message and enum types in `WriteGuestFileResponse`.
+pub mod write_guest_file_response {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Event {
+        /// The data that follows begins at this offset.
+        #[prost(uint64, tag = "1")]
+        Accepted(u64),
+        #[prost(message, tag = "2")]
+        Written(super::GuestFileSum),
+    }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ShutdownGuestRequest {
+    #[prost(string, tag = "1")]
+    pub vm: ::prost::alloc::string::String,
+    #[prost(bool, tag = "2")]
+    pub reboot: bool,
+    #[prost(message, optional, tag = "3")]
+    pub delay: ::core::option::Option<::prost_types::Duration>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GuestDone {}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SetGuestPasswordRequest {
+    #[prost(string, tag = "1")]
+    pub vm: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub user: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub password: ::prost::alloc::string::String,
+    /// `password` is what crypt(3) writes.
+    #[prost(bool, tag = "4")]
+    pub hashed: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UpdateGuestSshKeysRequest {
+    #[prost(string, tag = "1")]
+    pub vm: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub user: ::prost::alloc::string::String,
+    #[prost(string, repeated, tag = "3")]
+    pub add: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(string, repeated, tag = "4")]
+    pub remove: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SyncGuestClockRequest {
+    #[prost(string, tag = "1")]
+    pub vm: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FreezeGuestRequest {
+    #[prost(string, tag = "1")]
+    pub vm: ::prost::alloc::string::String,
+    /// Absent: ten seconds; at most a minute.
+    #[prost(message, optional, tag = "2")]
+    pub timeout: ::core::option::Option<::prost_types::Duration>,
+    #[prost(string, repeated, tag = "3")]
+    pub mount_points: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FreezeGuestResponse {
+    #[prost(uint32, tag = "1")]
+    pub count: u32,
+    #[prost(string, repeated, tag = "2")]
+    pub warnings: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ThawGuestRequest {
+    #[prost(string, tag = "1")]
+    pub vm: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetGuestHistoryRequest {
+    #[prost(string, tag = "1")]
+    pub vm: ::prost::alloc::string::String,
+    /// How far back; absent: one hour; at most 24.
+    #[prost(message, optional, tag = "2")]
+    pub span: ::core::option::Option<::prost_types::Duration>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct GuestHistory {
+    #[prost(string, tag = "1")]
+    pub vm_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub vm_name: ::prost::alloc::string::String,
+    /// Oldest first; a longer span has coarser points.
+    #[prost(message, repeated, tag = "3")]
+    pub samples: ::prost::alloc::vec::Vec<GuestSample>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct GuestSample {
+    #[prost(message, optional, tag = "1")]
+    pub at: ::core::option::Option<::prost_types::Timestamp>,
+    /// `guest` or, while the guest is silent, `host`.
+    #[prost(string, tag = "2")]
+    pub source: ::prost::alloc::string::String,
+    #[prost(double, optional, tag = "3")]
+    pub cpu_percent: ::core::option::Option<f64>,
+    #[prost(uint64, optional, tag = "4")]
+    pub memory_used_bytes: ::core::option::Option<u64>,
+    #[prost(uint64, optional, tag = "5")]
+    pub memory_total_bytes: ::core::option::Option<u64>,
+    #[prost(double, tag = "6")]
+    pub disk_read_bytes_per_second: f64,
+    #[prost(double, tag = "7")]
+    pub disk_write_bytes_per_second: f64,
+    #[prost(double, tag = "8")]
+    pub network_receive_bytes_per_second: f64,
+    #[prost(double, tag = "9")]
+    pub network_transmit_bytes_per_second: f64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WatchTelemetryRequest {
+    /// Empty: all VMs.
+    #[prost(string, tag = "1")]
+    pub vm: ::prost::alloc::string::String,
+}
+/// The newest that is known of a running VM.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct GuestTelemetry {
+    #[prost(string, tag = "1")]
+    pub vm_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub vm_name: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "3")]
+    pub sample: ::core::option::Option<GuestSample>,
+    /// How old `sample` is.
+    #[prost(message, optional, tag = "4")]
+    pub age: ::core::option::Option<::prost_types::Duration>,
+    /// What follows is reported by the guest, absent while it is silent.
+    #[prost(uint32, tag = "5")]
+    pub cpus: u32,
+    #[prost(uint64, tag = "6")]
+    pub swap_total_bytes: u64,
+    #[prost(uint64, tag = "7")]
+    pub swap_used_bytes: u64,
+    #[prost(double, tag = "8")]
+    pub load_1: f64,
+    #[prost(double, tag = "9")]
+    pub load_5: f64,
+    #[prost(double, tag = "10")]
+    pub load_15: f64,
+    #[prost(message, repeated, tag = "11")]
+    pub filesystems: ::prost::alloc::vec::Vec<GuestFilesystem>,
+    #[prost(message, repeated, tag = "12")]
+    pub interfaces: ::prost::alloc::vec::Vec<GuestInterface>,
+    #[prost(uint32, tag = "13")]
+    pub processes: u32,
+    #[prost(string, repeated, tag = "14")]
+    pub users: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(message, optional, tag = "15")]
+    pub cloud_init: ::core::option::Option<GuestCloudInit>,
+    #[prost(string, tag = "16")]
+    pub operating_system: ::prost::alloc::string::String,
+    #[prost(string, tag = "17")]
+    pub kernel: ::prost::alloc::string::String,
+    #[prost(double, tag = "18")]
+    pub uptime_seconds: f64,
+    #[prost(uint64, tag = "19")]
+    pub agent_resident_bytes: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GuestFilesystem {
+    #[prost(string, tag = "1")]
+    pub mount_point: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub kind: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "3")]
+    pub total_bytes: u64,
+    #[prost(uint64, tag = "4")]
+    pub available_bytes: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GuestInterface {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub mac: ::prost::alloc::string::String,
+    #[prost(string, repeated, tag = "3")]
+    pub addresses: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(uint64, tag = "4")]
+    pub receive_bytes: u64,
+    #[prost(uint64, tag = "5")]
+    pub transmit_bytes: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GuestCloudInit {
+    #[prost(string, tag = "1")]
+    pub status: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub stage: ::prost::alloc::string::String,
+    #[prost(string, repeated, tag = "3")]
+    pub errors: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RegisterGuestAddressRequest {
+    #[prost(string, tag = "1")]
+    pub vm: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub address: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SetLockdownRequest {
+    #[prost(bool, tag = "1")]
+    pub active: bool,
+    /// Why, for the audit log.
+    #[prost(string, tag = "2")]
+    pub reason: ::prost::alloc::string::String,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetLockdownRequest {}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Lockdown {
+    #[prost(bool, tag = "1")]
+    pub active: bool,
+    #[prost(string, tag = "2")]
+    pub reason: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub set_by: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "4")]
+    pub since: ::core::option::Option<::prost_types::Timestamp>,
+    /// Sessions that were cut by this call.
+    #[prost(uint32, tag = "5")]
+    pub sessions_cut: u32,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListAuditRequest {
+    /// Only entries about this VM.
+    #[prost(string, tag = "1")]
+    pub vm: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "2")]
+    pub since: ::core::option::Option<::prost_types::Timestamp>,
+    /// The newest so many; 0: 1,000.
+    #[prost(uint32, tag = "3")]
+    pub limit: u32,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AuditEntry {
+    #[prost(uint64, tag = "1")]
+    pub sequence: u64,
+    #[prost(message, optional, tag = "2")]
+    pub at: ::core::option::Option<::prost_types::Timestamp>,
+    #[prost(string, tag = "3")]
+    pub principal: ::prost::alloc::string::String,
+    #[prost(string, tag = "4")]
+    pub vm_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "5")]
+    pub vm_name: ::prost::alloc::string::String,
+    /// `exec`, `shell`, `file_read`, `file_write`, `password`, …
+    #[prost(string, tag = "6")]
+    pub action: ::prost::alloc::string::String,
+    /// What was asked, without secrets, as one line.
+    #[prost(string, tag = "7")]
+    pub detail: ::prost::alloc::string::String,
+    /// `begun`, `ok`, `denied`, `failed`, …
+    #[prost(string, tag = "8")]
+    pub outcome: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "9")]
+    pub bytes_in: u64,
+    #[prost(uint64, tag = "10")]
+    pub bytes_out: u64,
+    #[prost(message, optional, tag = "11")]
+    pub duration: ::core::option::Option<::prost_types::Duration>,
+    #[prost(string, tag = "12")]
+    pub request_id: ::prost::alloc::string::String,
+    /// SHA-256 of this entry and all before it, hexadecimal.
+    #[prost(string, tag = "13")]
+    pub hash: ::prost::alloc::string::String,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct VerifyAuditRequest {}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct VerifyAuditResponse {
+    #[prost(bool, tag = "1")]
+    pub intact: bool,
+    #[prost(uint64, tag = "2")]
+    pub entries: u64,
+    /// The first entry that does not fit, where the chain is broken.
+    #[prost(uint64, tag = "3")]
+    pub broken_at: u64,
+    #[prost(string, tag = "4")]
+    pub detail: ::prost::alloc::string::String,
+    #[prost(string, tag = "5")]
+    pub head: ::prost::alloc::string::String,
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum GuestFileKind {
+    Unspecified = 0,
+    File = 1,
+    Directory = 2,
+    Symlink = 3,
+    Other = 4,
+}
+impl GuestFileKind {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "GUEST_FILE_KIND_UNSPECIFIED",
+            Self::File => "GUEST_FILE_KIND_FILE",
+            Self::Directory => "GUEST_FILE_KIND_DIRECTORY",
+            Self::Symlink => "GUEST_FILE_KIND_SYMLINK",
+            Self::Other => "GUEST_FILE_KIND_OTHER",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "GUEST_FILE_KIND_UNSPECIFIED" => Some(Self::Unspecified),
+            "GUEST_FILE_KIND_FILE" => Some(Self::File),
+            "GUEST_FILE_KIND_DIRECTORY" => Some(Self::Directory),
+            "GUEST_FILE_KIND_SYMLINK" => Some(Self::Symlink),
+            "GUEST_FILE_KIND_OTHER" => Some(Self::Other),
+            _ => None,
+        }
+    }
+}
+/// Generated client implementations.
+pub mod guest_service_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    use tonic::codegen::http::Uri;
+    /// What happens inside a VM, through ghost-guest and the virtio-serial channel: no network, no SSH.
+    /// `vm` is a name, a full id or a unique prefix of an id. Everything that enters a guest needs the
+    /// role operator, a VM whose guest access is on, and no lockdown, and leaves a line in the audit log.
+    #[derive(Debug, Clone)]
+    pub struct GuestServiceClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl GuestServiceClient<tonic::transport::Channel> {
+        /// Attempt to create a new client by connecting to a given endpoint.
+        pub async fn connect<D>(dst: D) -> Result<Self, tonic::transport::Error>
+        where
+            D: TryInto<tonic::transport::Endpoint>,
+            D::Error: Into<StdError>,
+        {
+            let conn = tonic::transport::Endpoint::new(dst)?.connect().await?;
+            Ok(Self::new(conn))
+        }
+    }
+    impl<T> GuestServiceClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> GuestServiceClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+                Response = http::Response<
+                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                >,
+            >,
+            <T as tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            GuestServiceClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Explains each layer between the caller and the guest's agent.
+        pub async fn get_status(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GetGuestStatusRequest>,
+        ) -> std::result::Result<tonic::Response<super::GuestStatus>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/ghost.agent.v1.GuestService/GetStatus",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("ghost.agent.v1.GuestService", "GetStatus"));
+            self.inner.unary(req, path, codec).await
+        }
+        pub async fn ping(
+            &mut self,
+            request: impl tonic::IntoRequest<super::PingGuestRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::PingGuestResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/ghost.agent.v1.GuestService/Ping",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("ghost.agent.v1.GuestService", "Ping"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Runs a program. The first message is `start`; output ends with `exited`.
+        pub async fn exec(
+            &mut self,
+            request: impl tonic::IntoStreamingRequest<Message = super::ExecInput>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::ExecOutput>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/ghost.agent.v1.GuestService/Exec",
+            );
+            let mut req = request.into_streaming_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("ghost.agent.v1.GuestService", "Exec"));
+            self.inner.streaming(req, path, codec).await
+        }
+        pub async fn stat_file(
+            &mut self,
+            request: impl tonic::IntoRequest<super::StatGuestFileRequest>,
+        ) -> std::result::Result<tonic::Response<super::GuestFile>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/ghost.agent.v1.GuestService/StatFile",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("ghost.agent.v1.GuestService", "StatFile"));
+            self.inner.unary(req, path, codec).await
+        }
+        pub async fn list_files(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ListGuestFilesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListGuestFilesResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/ghost.agent.v1.GuestService/ListFiles",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("ghost.agent.v1.GuestService", "ListFiles"));
+            self.inner.unary(req, path, codec).await
+        }
+        pub async fn make_directory(
+            &mut self,
+            request: impl tonic::IntoRequest<super::MakeGuestDirectoryRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::MakeGuestDirectoryResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/ghost.agent.v1.GuestService/MakeDirectory",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("ghost.agent.v1.GuestService", "MakeDirectory"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// The first message is `opened`, then `data`, at last `finished`.
+        pub async fn read_file(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ReadGuestFileRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::ReadGuestFileResponse>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/ghost.agent.v1.GuestService/ReadFile",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("ghost.agent.v1.GuestService", "ReadFile"));
+            self.inner.server_streaming(req, path, codec).await
+        }
+        /// The first message is `start`. Answered by `accepted` (from where to send), then, once the data
+        /// has ended with `end`, by `written`.
+        pub async fn write_file(
+            &mut self,
+            request: impl tonic::IntoStreamingRequest<
+                Message = super::WriteGuestFileRequest,
+            >,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::WriteGuestFileResponse>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/ghost.agent.v1.GuestService/WriteFile",
+            );
+            let mut req = request.into_streaming_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("ghost.agent.v1.GuestService", "WriteFile"));
+            self.inner.streaming(req, path, codec).await
+        }
+        pub async fn shutdown(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ShutdownGuestRequest>,
+        ) -> std::result::Result<tonic::Response<super::GuestDone>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/ghost.agent.v1.GuestService/Shutdown",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("ghost.agent.v1.GuestService", "Shutdown"));
+            self.inner.unary(req, path, codec).await
+        }
+        pub async fn set_password(
+            &mut self,
+            request: impl tonic::IntoRequest<super::SetGuestPasswordRequest>,
+        ) -> std::result::Result<tonic::Response<super::GuestDone>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/ghost.agent.v1.GuestService/SetPassword",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("ghost.agent.v1.GuestService", "SetPassword"));
+            self.inner.unary(req, path, codec).await
+        }
+        pub async fn update_ssh_keys(
+            &mut self,
+            request: impl tonic::IntoRequest<super::UpdateGuestSshKeysRequest>,
+        ) -> std::result::Result<tonic::Response<super::GuestDone>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/ghost.agent.v1.GuestService/UpdateSshKeys",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("ghost.agent.v1.GuestService", "UpdateSshKeys"));
+            self.inner.unary(req, path, codec).await
+        }
+        pub async fn sync_clock(
+            &mut self,
+            request: impl tonic::IntoRequest<super::SyncGuestClockRequest>,
+        ) -> std::result::Result<tonic::Response<super::GuestDone>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/ghost.agent.v1.GuestService/SyncClock",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("ghost.agent.v1.GuestService", "SyncClock"));
+            self.inner.unary(req, path, codec).await
+        }
+        pub async fn freeze(
+            &mut self,
+            request: impl tonic::IntoRequest<super::FreezeGuestRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::FreezeGuestResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/ghost.agent.v1.GuestService/Freeze",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("ghost.agent.v1.GuestService", "Freeze"));
+            self.inner.unary(req, path, codec).await
+        }
+        pub async fn thaw(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ThawGuestRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::FreezeGuestResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/ghost.agent.v1.GuestService/Thaw",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("ghost.agent.v1.GuestService", "Thaw"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Telemetry of the last 24 h.
+        pub async fn get_history(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GetGuestHistoryRequest>,
+        ) -> std::result::Result<tonic::Response<super::GuestHistory>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/ghost.agent.v1.GuestService/GetHistory",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("ghost.agent.v1.GuestService", "GetHistory"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// The newest telemetry of one or all VMs, now and at every change.
+        pub async fn watch_telemetry(
+            &mut self,
+            request: impl tonic::IntoRequest<super::WatchTelemetryRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::GuestTelemetry>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/ghost.agent.v1.GuestService/WatchTelemetry",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new("ghost.agent.v1.GuestService", "WatchTelemetry"),
+                );
+            self.inner.server_streaming(req, path, codec).await
+        }
+        /// Registers an address of a VM by hand; it must match a lease or lie in the VM's subnet.
+        pub async fn register_address(
+            &mut self,
+            request: impl tonic::IntoRequest<super::RegisterGuestAddressRequest>,
+        ) -> std::result::Result<tonic::Response<super::GuestDone>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/ghost.agent.v1.GuestService/RegisterAddress",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new("ghost.agent.v1.GuestService", "RegisterAddress"),
+                );
+            self.inner.unary(req, path, codec).await
+        }
+        /// Cuts every session into any guest at once and refuses new ones, until it is lifted. For admins.
+        pub async fn set_lockdown(
+            &mut self,
+            request: impl tonic::IntoRequest<super::SetLockdownRequest>,
+        ) -> std::result::Result<tonic::Response<super::Lockdown>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/ghost.agent.v1.GuestService/SetLockdown",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("ghost.agent.v1.GuestService", "SetLockdown"));
+            self.inner.unary(req, path, codec).await
+        }
+        pub async fn get_lockdown(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GetLockdownRequest>,
+        ) -> std::result::Result<tonic::Response<super::Lockdown>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/ghost.agent.v1.GuestService/GetLockdown",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("ghost.agent.v1.GuestService", "GetLockdown"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// The audit log, newest last. For admins.
+        pub async fn list_audit(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ListAuditRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::AuditEntry>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/ghost.agent.v1.GuestService/ListAudit",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("ghost.agent.v1.GuestService", "ListAudit"));
+            self.inner.server_streaming(req, path, codec).await
+        }
+        /// Reads the whole log and checks its chain.
+        pub async fn verify_audit(
+            &mut self,
+            request: impl tonic::IntoRequest<super::VerifyAuditRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::VerifyAuditResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/ghost.agent.v1.GuestService/VerifyAudit",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("ghost.agent.v1.GuestService", "VerifyAudit"));
+            self.inner.unary(req, path, codec).await
+        }
+    }
+}
+/// Generated server implementations.
+pub mod guest_service_server {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    /// Generated trait containing gRPC methods that should be implemented for use with GuestServiceServer.
+    #[async_trait]
+    pub trait GuestService: std::marker::Send + std::marker::Sync + 'static {
+        /// Explains each layer between the caller and the guest's agent.
+        async fn get_status(
+            &self,
+            request: tonic::Request<super::GetGuestStatusRequest>,
+        ) -> std::result::Result<tonic::Response<super::GuestStatus>, tonic::Status>;
+        async fn ping(
+            &self,
+            request: tonic::Request<super::PingGuestRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::PingGuestResponse>,
+            tonic::Status,
+        >;
+        /// Server streaming response type for the Exec method.
+        type ExecStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::ExecOutput, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Runs a program. The first message is `start`; output ends with `exited`.
+        async fn exec(
+            &self,
+            request: tonic::Request<tonic::Streaming<super::ExecInput>>,
+        ) -> std::result::Result<tonic::Response<Self::ExecStream>, tonic::Status>;
+        async fn stat_file(
+            &self,
+            request: tonic::Request<super::StatGuestFileRequest>,
+        ) -> std::result::Result<tonic::Response<super::GuestFile>, tonic::Status>;
+        async fn list_files(
+            &self,
+            request: tonic::Request<super::ListGuestFilesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListGuestFilesResponse>,
+            tonic::Status,
+        >;
+        async fn make_directory(
+            &self,
+            request: tonic::Request<super::MakeGuestDirectoryRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::MakeGuestDirectoryResponse>,
+            tonic::Status,
+        >;
+        /// Server streaming response type for the ReadFile method.
+        type ReadFileStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::ReadGuestFileResponse, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// The first message is `opened`, then `data`, at last `finished`.
+        async fn read_file(
+            &self,
+            request: tonic::Request<super::ReadGuestFileRequest>,
+        ) -> std::result::Result<tonic::Response<Self::ReadFileStream>, tonic::Status>;
+        /// Server streaming response type for the WriteFile method.
+        type WriteFileStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::WriteGuestFileResponse, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// The first message is `start`. Answered by `accepted` (from where to send), then, once the data
+        /// has ended with `end`, by `written`.
+        async fn write_file(
+            &self,
+            request: tonic::Request<tonic::Streaming<super::WriteGuestFileRequest>>,
+        ) -> std::result::Result<tonic::Response<Self::WriteFileStream>, tonic::Status>;
+        async fn shutdown(
+            &self,
+            request: tonic::Request<super::ShutdownGuestRequest>,
+        ) -> std::result::Result<tonic::Response<super::GuestDone>, tonic::Status>;
+        async fn set_password(
+            &self,
+            request: tonic::Request<super::SetGuestPasswordRequest>,
+        ) -> std::result::Result<tonic::Response<super::GuestDone>, tonic::Status>;
+        async fn update_ssh_keys(
+            &self,
+            request: tonic::Request<super::UpdateGuestSshKeysRequest>,
+        ) -> std::result::Result<tonic::Response<super::GuestDone>, tonic::Status>;
+        async fn sync_clock(
+            &self,
+            request: tonic::Request<super::SyncGuestClockRequest>,
+        ) -> std::result::Result<tonic::Response<super::GuestDone>, tonic::Status>;
+        async fn freeze(
+            &self,
+            request: tonic::Request<super::FreezeGuestRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::FreezeGuestResponse>,
+            tonic::Status,
+        >;
+        async fn thaw(
+            &self,
+            request: tonic::Request<super::ThawGuestRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::FreezeGuestResponse>,
+            tonic::Status,
+        >;
+        /// Telemetry of the last 24 h.
+        async fn get_history(
+            &self,
+            request: tonic::Request<super::GetGuestHistoryRequest>,
+        ) -> std::result::Result<tonic::Response<super::GuestHistory>, tonic::Status>;
+        /// Server streaming response type for the WatchTelemetry method.
+        type WatchTelemetryStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::GuestTelemetry, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// The newest telemetry of one or all VMs, now and at every change.
+        async fn watch_telemetry(
+            &self,
+            request: tonic::Request<super::WatchTelemetryRequest>,
+        ) -> std::result::Result<
+            tonic::Response<Self::WatchTelemetryStream>,
+            tonic::Status,
+        >;
+        /// Registers an address of a VM by hand; it must match a lease or lie in the VM's subnet.
+        async fn register_address(
+            &self,
+            request: tonic::Request<super::RegisterGuestAddressRequest>,
+        ) -> std::result::Result<tonic::Response<super::GuestDone>, tonic::Status>;
+        /// Cuts every session into any guest at once and refuses new ones, until it is lifted. For admins.
+        async fn set_lockdown(
+            &self,
+            request: tonic::Request<super::SetLockdownRequest>,
+        ) -> std::result::Result<tonic::Response<super::Lockdown>, tonic::Status>;
+        async fn get_lockdown(
+            &self,
+            request: tonic::Request<super::GetLockdownRequest>,
+        ) -> std::result::Result<tonic::Response<super::Lockdown>, tonic::Status>;
+        /// Server streaming response type for the ListAudit method.
+        type ListAuditStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::AuditEntry, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// The audit log, newest last. For admins.
+        async fn list_audit(
+            &self,
+            request: tonic::Request<super::ListAuditRequest>,
+        ) -> std::result::Result<tonic::Response<Self::ListAuditStream>, tonic::Status>;
+        /// Reads the whole log and checks its chain.
+        async fn verify_audit(
+            &self,
+            request: tonic::Request<super::VerifyAuditRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::VerifyAuditResponse>,
+            tonic::Status,
+        >;
+    }
+    /// What happens inside a VM, through ghost-guest and the virtio-serial channel: no network, no SSH.
+    /// `vm` is a name, a full id or a unique prefix of an id. Everything that enters a guest needs the
+    /// role operator, a VM whose guest access is on, and no lockdown, and leaves a line in the audit log.
+    #[derive(Debug)]
+    pub struct GuestServiceServer<T> {
+        inner: Arc<T>,
+        accept_compression_encodings: EnabledCompressionEncodings,
+        send_compression_encodings: EnabledCompressionEncodings,
+        max_decoding_message_size: Option<usize>,
+        max_encoding_message_size: Option<usize>,
+    }
+    impl<T> GuestServiceServer<T> {
+        pub fn new(inner: T) -> Self {
+            Self::from_arc(Arc::new(inner))
+        }
+        pub fn from_arc(inner: Arc<T>) -> Self {
+            Self {
+                inner,
+                accept_compression_encodings: Default::default(),
+                send_compression_encodings: Default::default(),
+                max_decoding_message_size: None,
+                max_encoding_message_size: None,
+            }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> InterceptedService<Self, F>
+        where
+            F: tonic::service::Interceptor,
+        {
+            InterceptedService::new(Self::new(inner), interceptor)
+        }
+        /// Enable decompressing requests with the given encoding.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.accept_compression_encodings.enable(encoding);
+            self
+        }
+        /// Compress responses with the given encoding, if the client supports it.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.send_compression_encodings.enable(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.max_decoding_message_size = Some(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.max_encoding_message_size = Some(limit);
+            self
+        }
+    }
+    impl<T, B> tonic::codegen::Service<http::Request<B>> for GuestServiceServer<T>
+    where
+        T: GuestService,
+        B: Body + std::marker::Send + 'static,
+        B::Error: Into<StdError> + std::marker::Send + 'static,
+    {
+        type Response = http::Response<tonic::body::Body>;
+        type Error = std::convert::Infallible;
+        type Future = BoxFuture<Self::Response, Self::Error>;
+        fn poll_ready(
+            &mut self,
+            _cx: &mut Context<'_>,
+        ) -> Poll<std::result::Result<(), Self::Error>> {
+            Poll::Ready(Ok(()))
+        }
+        fn call(&mut self, req: http::Request<B>) -> Self::Future {
+            match req.uri().path() {
+                "/ghost.agent.v1.GuestService/GetStatus" => {
+                    #[allow(non_camel_case_types)]
+                    struct GetStatusSvc<T: GuestService>(pub Arc<T>);
+                    impl<
+                        T: GuestService,
+                    > tonic::server::UnaryService<super::GetGuestStatusRequest>
+                    for GetStatusSvc<T> {
+                        type Response = super::GuestStatus;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::GetGuestStatusRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as GuestService>::get_status(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GetStatusSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/ghost.agent.v1.GuestService/Ping" => {
+                    #[allow(non_camel_case_types)]
+                    struct PingSvc<T: GuestService>(pub Arc<T>);
+                    impl<
+                        T: GuestService,
+                    > tonic::server::UnaryService<super::PingGuestRequest>
+                    for PingSvc<T> {
+                        type Response = super::PingGuestResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::PingGuestRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as GuestService>::ping(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = PingSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/ghost.agent.v1.GuestService/Exec" => {
+                    #[allow(non_camel_case_types)]
+                    struct ExecSvc<T: GuestService>(pub Arc<T>);
+                    impl<
+                        T: GuestService,
+                    > tonic::server::StreamingService<super::ExecInput> for ExecSvc<T> {
+                        type Response = super::ExecOutput;
+                        type ResponseStream = T::ExecStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<tonic::Streaming<super::ExecInput>>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as GuestService>::exec(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ExecSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/ghost.agent.v1.GuestService/StatFile" => {
+                    #[allow(non_camel_case_types)]
+                    struct StatFileSvc<T: GuestService>(pub Arc<T>);
+                    impl<
+                        T: GuestService,
+                    > tonic::server::UnaryService<super::StatGuestFileRequest>
+                    for StatFileSvc<T> {
+                        type Response = super::GuestFile;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::StatGuestFileRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as GuestService>::stat_file(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = StatFileSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/ghost.agent.v1.GuestService/ListFiles" => {
+                    #[allow(non_camel_case_types)]
+                    struct ListFilesSvc<T: GuestService>(pub Arc<T>);
+                    impl<
+                        T: GuestService,
+                    > tonic::server::UnaryService<super::ListGuestFilesRequest>
+                    for ListFilesSvc<T> {
+                        type Response = super::ListGuestFilesResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ListGuestFilesRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as GuestService>::list_files(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ListFilesSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/ghost.agent.v1.GuestService/MakeDirectory" => {
+                    #[allow(non_camel_case_types)]
+                    struct MakeDirectorySvc<T: GuestService>(pub Arc<T>);
+                    impl<
+                        T: GuestService,
+                    > tonic::server::UnaryService<super::MakeGuestDirectoryRequest>
+                    for MakeDirectorySvc<T> {
+                        type Response = super::MakeGuestDirectoryResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::MakeGuestDirectoryRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as GuestService>::make_directory(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = MakeDirectorySvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/ghost.agent.v1.GuestService/ReadFile" => {
+                    #[allow(non_camel_case_types)]
+                    struct ReadFileSvc<T: GuestService>(pub Arc<T>);
+                    impl<
+                        T: GuestService,
+                    > tonic::server::ServerStreamingService<super::ReadGuestFileRequest>
+                    for ReadFileSvc<T> {
+                        type Response = super::ReadGuestFileResponse;
+                        type ResponseStream = T::ReadFileStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ReadGuestFileRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as GuestService>::read_file(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ReadFileSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/ghost.agent.v1.GuestService/WriteFile" => {
+                    #[allow(non_camel_case_types)]
+                    struct WriteFileSvc<T: GuestService>(pub Arc<T>);
+                    impl<
+                        T: GuestService,
+                    > tonic::server::StreamingService<super::WriteGuestFileRequest>
+                    for WriteFileSvc<T> {
+                        type Response = super::WriteGuestFileResponse;
+                        type ResponseStream = T::WriteFileStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<
+                                tonic::Streaming<super::WriteGuestFileRequest>,
+                            >,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as GuestService>::write_file(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = WriteFileSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/ghost.agent.v1.GuestService/Shutdown" => {
+                    #[allow(non_camel_case_types)]
+                    struct ShutdownSvc<T: GuestService>(pub Arc<T>);
+                    impl<
+                        T: GuestService,
+                    > tonic::server::UnaryService<super::ShutdownGuestRequest>
+                    for ShutdownSvc<T> {
+                        type Response = super::GuestDone;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ShutdownGuestRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as GuestService>::shutdown(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ShutdownSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/ghost.agent.v1.GuestService/SetPassword" => {
+                    #[allow(non_camel_case_types)]
+                    struct SetPasswordSvc<T: GuestService>(pub Arc<T>);
+                    impl<
+                        T: GuestService,
+                    > tonic::server::UnaryService<super::SetGuestPasswordRequest>
+                    for SetPasswordSvc<T> {
+                        type Response = super::GuestDone;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::SetGuestPasswordRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as GuestService>::set_password(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = SetPasswordSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/ghost.agent.v1.GuestService/UpdateSshKeys" => {
+                    #[allow(non_camel_case_types)]
+                    struct UpdateSshKeysSvc<T: GuestService>(pub Arc<T>);
+                    impl<
+                        T: GuestService,
+                    > tonic::server::UnaryService<super::UpdateGuestSshKeysRequest>
+                    for UpdateSshKeysSvc<T> {
+                        type Response = super::GuestDone;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::UpdateGuestSshKeysRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as GuestService>::update_ssh_keys(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = UpdateSshKeysSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/ghost.agent.v1.GuestService/SyncClock" => {
+                    #[allow(non_camel_case_types)]
+                    struct SyncClockSvc<T: GuestService>(pub Arc<T>);
+                    impl<
+                        T: GuestService,
+                    > tonic::server::UnaryService<super::SyncGuestClockRequest>
+                    for SyncClockSvc<T> {
+                        type Response = super::GuestDone;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::SyncGuestClockRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as GuestService>::sync_clock(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = SyncClockSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/ghost.agent.v1.GuestService/Freeze" => {
+                    #[allow(non_camel_case_types)]
+                    struct FreezeSvc<T: GuestService>(pub Arc<T>);
+                    impl<
+                        T: GuestService,
+                    > tonic::server::UnaryService<super::FreezeGuestRequest>
+                    for FreezeSvc<T> {
+                        type Response = super::FreezeGuestResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::FreezeGuestRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as GuestService>::freeze(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = FreezeSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/ghost.agent.v1.GuestService/Thaw" => {
+                    #[allow(non_camel_case_types)]
+                    struct ThawSvc<T: GuestService>(pub Arc<T>);
+                    impl<
+                        T: GuestService,
+                    > tonic::server::UnaryService<super::ThawGuestRequest>
+                    for ThawSvc<T> {
+                        type Response = super::FreezeGuestResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ThawGuestRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as GuestService>::thaw(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ThawSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/ghost.agent.v1.GuestService/GetHistory" => {
+                    #[allow(non_camel_case_types)]
+                    struct GetHistorySvc<T: GuestService>(pub Arc<T>);
+                    impl<
+                        T: GuestService,
+                    > tonic::server::UnaryService<super::GetGuestHistoryRequest>
+                    for GetHistorySvc<T> {
+                        type Response = super::GuestHistory;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::GetGuestHistoryRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as GuestService>::get_history(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GetHistorySvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/ghost.agent.v1.GuestService/WatchTelemetry" => {
+                    #[allow(non_camel_case_types)]
+                    struct WatchTelemetrySvc<T: GuestService>(pub Arc<T>);
+                    impl<
+                        T: GuestService,
+                    > tonic::server::ServerStreamingService<super::WatchTelemetryRequest>
+                    for WatchTelemetrySvc<T> {
+                        type Response = super::GuestTelemetry;
+                        type ResponseStream = T::WatchTelemetryStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::WatchTelemetryRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as GuestService>::watch_telemetry(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = WatchTelemetrySvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/ghost.agent.v1.GuestService/RegisterAddress" => {
+                    #[allow(non_camel_case_types)]
+                    struct RegisterAddressSvc<T: GuestService>(pub Arc<T>);
+                    impl<
+                        T: GuestService,
+                    > tonic::server::UnaryService<super::RegisterGuestAddressRequest>
+                    for RegisterAddressSvc<T> {
+                        type Response = super::GuestDone;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::RegisterGuestAddressRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as GuestService>::register_address(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RegisterAddressSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/ghost.agent.v1.GuestService/SetLockdown" => {
+                    #[allow(non_camel_case_types)]
+                    struct SetLockdownSvc<T: GuestService>(pub Arc<T>);
+                    impl<
+                        T: GuestService,
+                    > tonic::server::UnaryService<super::SetLockdownRequest>
+                    for SetLockdownSvc<T> {
+                        type Response = super::Lockdown;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::SetLockdownRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as GuestService>::set_lockdown(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = SetLockdownSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/ghost.agent.v1.GuestService/GetLockdown" => {
+                    #[allow(non_camel_case_types)]
+                    struct GetLockdownSvc<T: GuestService>(pub Arc<T>);
+                    impl<
+                        T: GuestService,
+                    > tonic::server::UnaryService<super::GetLockdownRequest>
+                    for GetLockdownSvc<T> {
+                        type Response = super::Lockdown;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::GetLockdownRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as GuestService>::get_lockdown(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GetLockdownSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/ghost.agent.v1.GuestService/ListAudit" => {
+                    #[allow(non_camel_case_types)]
+                    struct ListAuditSvc<T: GuestService>(pub Arc<T>);
+                    impl<
+                        T: GuestService,
+                    > tonic::server::ServerStreamingService<super::ListAuditRequest>
+                    for ListAuditSvc<T> {
+                        type Response = super::AuditEntry;
+                        type ResponseStream = T::ListAuditStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ListAuditRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as GuestService>::list_audit(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ListAuditSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/ghost.agent.v1.GuestService/VerifyAudit" => {
+                    #[allow(non_camel_case_types)]
+                    struct VerifyAuditSvc<T: GuestService>(pub Arc<T>);
+                    impl<
+                        T: GuestService,
+                    > tonic::server::UnaryService<super::VerifyAuditRequest>
+                    for VerifyAuditSvc<T> {
+                        type Response = super::VerifyAuditResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::VerifyAuditRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as GuestService>::verify_audit(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = VerifyAuditSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                _ => {
+                    Box::pin(async move {
+                        let mut response = http::Response::new(
+                            tonic::body::Body::default(),
+                        );
+                        let headers = response.headers_mut();
+                        headers
+                            .insert(
+                                tonic::Status::GRPC_STATUS,
+                                (tonic::Code::Unimplemented as i32).into(),
+                            );
+                        headers
+                            .insert(
+                                http::header::CONTENT_TYPE,
+                                tonic::metadata::GRPC_CONTENT_TYPE,
+                            );
+                        Ok(response)
+                    })
+                }
+            }
+        }
+    }
+    impl<T> Clone for GuestServiceServer<T> {
+        fn clone(&self) -> Self {
+            let inner = self.inner.clone();
+            Self {
+                inner,
+                accept_compression_encodings: self.accept_compression_encodings,
+                send_compression_encodings: self.send_compression_encodings,
+                max_decoding_message_size: self.max_decoding_message_size,
+                max_encoding_message_size: self.max_encoding_message_size,
+            }
+        }
+    }
+    /// Generated gRPC service name
+    pub const SERVICE_NAME: &str = "ghost.agent.v1.GuestService";
+    impl<T> tonic::server::NamedService for GuestServiceServer<T> {
+        const NAME: &'static str = SERVICE_NAME;
     }
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -3837,6 +6313,9 @@ pub struct CreateVmRequest {
     /// Check everything and change nothing; the answer is the operation that would have been.
     #[prost(bool, tag = "17")]
     pub dry_run: bool,
+    /// Absent: injected as the agent's configuration says, access on.
+    #[prost(message, optional, tag = "18")]
+    pub guest: ::core::option::Option<GuestPolicy>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetVmRequest {
@@ -3885,6 +6364,8 @@ pub struct UpdateVmRequest {
     >,
     #[prost(string, repeated, tag = "11")]
     pub remove_tags: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(bool, optional, tag = "12")]
+    pub guest_access: ::core::option::Option<bool>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DeleteVmRequest {

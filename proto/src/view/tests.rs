@@ -77,6 +77,10 @@ fn a_full_vm_has_the_keys_of_the_contract() {
             }),
         }),
         delete_protection: true,
+        guest: Some(message::GuestPolicy {
+            inject: "auto".into(),
+            access: true,
+        }),
     });
     round_trips(&vm);
     assert_eq!(
@@ -104,6 +108,7 @@ fn a_full_vm_has_the_keys_of_the_contract() {
             "autostart": {"order": 1, "delay_seconds": 0.0},
             "restart_policy": {"max_restarts": 3, "window_seconds": 600.0},
             "delete_protection": true,
+            "guest": {"inject": "auto", "access": true},
         })
     );
 }
@@ -120,7 +125,7 @@ fn an_empty_vm_has_the_same_keys_with_nulls() {
             "vcpus": 0, "memory_bytes": 0, "image": "", "disks": [], "nics": [],
             "conditions": [], "tags": {}, "generation": 0, "created_at": "",
             "operation_id": null, "autostart": null, "restart_policy": null,
-            "delete_protection": false,
+            "delete_protection": false, "guest": null,
         })
     );
 }

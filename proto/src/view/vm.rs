@@ -183,6 +183,24 @@ impl From<message::Condition> for Condition {
     }
 }
 
+/// What the agent inside a VM is for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct GuestPolicy {
+    /// How it gets there: `auto`, `always` or `never`.
+    pub inject: String,
+    /// Whether exec, shell, files and accounts may be reached through it.
+    pub access: bool,
+}
+
+impl From<message::GuestPolicy> for GuestPolicy {
+    fn from(policy: message::GuestPolicy) -> Self {
+        Self {
+            inject: policy.inject,
+            access: policy.access,
+        }
+    }
+}
+
 /// Start with the host.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Autostart {
@@ -265,6 +283,8 @@ pub struct Vm {
     pub restart_policy: Option<RestartPolicy>,
     /// Whether deleting it is refused.
     pub delete_protection: bool,
+    /// The agent inside it; null where the host agent is too old to know of one.
+    pub guest: Option<GuestPolicy>,
 }
 
 impl From<message::Vm> for Vm {
@@ -294,6 +314,7 @@ impl From<message::Vm> for Vm {
             autostart: vm.autostart.map(Autostart::from),
             restart_policy: vm.restart_policy.map(RestartPolicy::from),
             delete_protection: vm.delete_protection,
+            guest: vm.guest.map(Into::into),
         }
     }
 }

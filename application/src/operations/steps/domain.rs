@@ -52,6 +52,7 @@ async fn definition(context: &StepContext, vm: Vm) -> Result<DomainDefinition> {
         disk: storage.disk_path(vm.id),
         seed: storage.seed_path(vm.id),
         console_socket: storage.console_socket_path(vm.id),
+        guest_socket: storage.guest_socket_path(vm.id),
         console_log: storage.console_log_path(vm.id),
         libvirt_networks,
         base_image: (base.path, format),
@@ -165,6 +166,7 @@ pub(crate) fn apply_change(vm: &mut Vm, change: &VmChange) {
     spec.vcpus = change.vcpus.unwrap_or(spec.vcpus);
     spec.memory = change.memory.unwrap_or(spec.memory);
     spec.delete_protection = change.delete_protection.unwrap_or(spec.delete_protection);
+    spec.guest.access = change.guest_access.unwrap_or(spec.guest.access);
     spec.restart_policy = change.restart_policy.unwrap_or(spec.restart_policy);
     if let Some(autostart) = change.autostart {
         spec.autostart = autostart;

@@ -76,6 +76,7 @@ impl Step for WriteSeed {
             vm: vm.id,
             hostname: vm.name.clone(),
             cloud_init: vm.cloud_init.clone(),
+            inject: vm.spec.guest.inject,
         };
         context.ports.storage.write_seed(&seed).await
     }

@@ -290,6 +290,10 @@ impl VmStorage for Fake {
         format!("/vms/{vm}/console.sock").into()
     }
 
+    fn guest_socket_path(&self, vm: VmId) -> PathBuf {
+        format!("/vms/{vm}/guest.sock").into()
+    }
+
     fn console_log_path(&self, vm: VmId) -> PathBuf {
         format!("/vms/{vm}/console.log").into()
     }

@@ -51,6 +51,7 @@ pub(crate) fn vm(name: &str) -> Vm {
             window: seconds(600),
         }),
         delete_protection: true,
+        guest: None,
     }
 }
 

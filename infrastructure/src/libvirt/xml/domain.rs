@@ -138,10 +138,15 @@ pub(crate) fn domain_xml(
             .child(Element::new("log").with("file", log).with("append", "on"))
             .child(target)
     };
-    let channel = |name: &str| {
+    let guest_socket = path(&definition.guest_socket)?;
+    let channel = |name: &str, socket: Option<&str>| {
+        let source = Element::new("source").with("mode", "bind");
         Element::new("channel")
             .with("type", "unix")
-            .child(Element::new("source").with("mode", "bind"))
+            .child(match socket {
+                Some(socket) => source.with("path", socket),
+                None => source,
+            })
             .child(
                 Element::new("target")
                     .with("type", "virtio")
@@ -170,8 +175,8 @@ pub(crate) fn domain_xml(
                 .with("type", "serial")
                 .with("port", "0"),
         ))
-        .child(channel("org.qemu.guest_agent.0"))
-        .child(channel("org.ghost.agent.0"))
+        .child(channel("org.qemu.guest_agent.0", None))
+        .child(channel("org.ghost.agent.0", Some(guest_socket)))
         // A server has no use for the USB controller that libvirt would add.
         .child(
             Element::new("controller")

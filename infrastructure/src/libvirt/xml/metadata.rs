@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use ghost_domain::guest::{GuestInject, GuestPolicy};
 use ghost_domain::vm::{
     Autostart, CloudInit, DesiredPower, ImageReference, Lifecycle, NetworkInterface, RestartPolicy,
     Vm, VmSpec,
@@ -127,6 +128,8 @@ pub(crate) fn render(vm: &Vm, disk: &Path, libvirt_networks: &[String]) -> Eleme
                     "delete_protection",
                     if spec.delete_protection { "yes" } else { "no" },
                 )
+                .with("guest_inject", spec.guest.inject.as_str())
+                .with("guest_access", if spec.guest.access { "yes" } else { "no" })
                 .child(image)
                 .child(restart)
                 .children(spec.autostart.map(|autostart| {
@@ -189,6 +192,18 @@ pub(crate) fn read(vm: &Element) -> Option<Metadata> {
             delay: Duration::from_millis(number(autostart, "delay_milliseconds")?),
         }),
     };
+    // Domains of before there was a guest agent do not say it.
+    let guest = GuestPolicy {
+        inject: match spec.attribute("guest_inject") {
+            None => GuestInject::default(),
+            Some(text) => text.parse().ok()?,
+        },
+        access: match spec.attribute("guest_access") {
+            None | Some("yes") => true,
+            Some("no") => false,
+            Some(_) => return None,
+        },
+    };
     let mut interfaces = Vec::new();
     let mut libvirt_networks = Vec::new();
     for interface in spec.all_in(METADATA_NAMESPACE, "interface") {
@@ -226,6 +241,7 @@ pub(crate) fn read(vm: &Element) -> Option<Metadata> {
                     "no" => false,
                     _ => return None,
                 },
+                guest,
                 tags,
             },
             cloud_init: CloudInit::default(),

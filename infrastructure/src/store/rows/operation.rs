@@ -76,6 +76,8 @@ struct ChangeRow {
     vcpus: Option<u32>,
     memory: Option<u64>,
     delete_protection: Option<bool>,
+    #[serde(default)]
+    guest_access: Option<bool>,
     autostart: AutostartChangeRow,
     restart_policy: Option<RestartPolicyRow>,
     tags: Vec<(String, Option<String>)>,
@@ -325,6 +327,7 @@ impl From<&VmChange> for ChangeRow {
             vcpus,
             memory,
             delete_protection,
+            guest_access,
             autostart,
             restart_policy,
             tags,
@@ -333,6 +336,7 @@ impl From<&VmChange> for ChangeRow {
             vcpus: *vcpus,
             memory: memory.map(ByteSize::bytes),
             delete_protection: *delete_protection,
+            guest_access: *guest_access,
             autostart: match autostart {
                 None => AutostartChangeRow::Keep,
                 Some(None) => AutostartChangeRow::Off,
@@ -350,6 +354,7 @@ impl From<ChangeRow> for VmChange {
             vcpus: row.vcpus,
             memory: row.memory.map(ByteSize::from_bytes),
             delete_protection: row.delete_protection,
+            guest_access: row.guest_access,
             autostart: match row.autostart {
                 AutostartChangeRow::Keep => None,
                 AutostartChangeRow::Off => Some(None),

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use ghost_domain::guest::{GuestInject, GuestPolicy};
 use ghost_domain::ports::{Change, StoreContents};
 use ghost_domain::vm::{
     Autostart, CloudInit, DesiredPower, ImageReference, Lifecycle, NetworkInterface, RestartPolicy,
@@ -92,7 +93,17 @@ fn restart_policy() -> impl Strategy<Value = RestartPolicy> {
 
 fn spec() -> impl Strategy<Value = VmSpec> {
     (
-        (any::<u32>(), any::<u64>(), any::<u64>(), any::<bool>()),
+        (
+            any::<u32>(),
+            any::<u64>(),
+            any::<u64>(),
+            any::<bool>(),
+            prop_oneof![
+                Just(GuestInject::Auto),
+                Just(GuestInject::Always),
+                Just(GuestInject::Never)
+            ],
+        ),
         image_name(),
         option::of((any::<[u8; 32]>(), format())),
         proptest::collection::vec((network_name(), mac()), 0..3),
@@ -101,7 +112,15 @@ fn spec() -> impl Strategy<Value = VmSpec> {
         proptest::collection::btree_map(text(), text(), 0..3),
     )
         .prop_map(
-            |((vcpus, memory, disk, protection), name, content, nics, autostart, policy, tags)| {
+            |(
+                (vcpus, memory, disk, protection, inject),
+                name,
+                content,
+                nics,
+                autostart,
+                policy,
+                tags,
+            )| {
                 VmSpec {
                     vcpus,
                     memory: ByteSize::from_bytes(memory),
@@ -118,6 +137,10 @@ fn spec() -> impl Strategy<Value = VmSpec> {
                     autostart,
                     restart_policy: policy,
                     delete_protection: protection,
+                    guest: GuestPolicy {
+                        inject,
+                        access: !protection,
+                    },
                     tags: tags.into_iter().collect::<BTreeMap<_, _>>(),
                 }
             },
@@ -181,6 +204,7 @@ fn change() -> impl Strategy<Value = VmChange> {
                 vcpus,
                 memory: memory.map(ByteSize::from_bytes),
                 delete_protection,
+                guest_access: delete_protection.map(|on| !on),
                 autostart,
                 restart_policy,
                 tags,

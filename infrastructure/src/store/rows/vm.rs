@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use ghost_domain::guest::{GuestInject, GuestPolicy};
 use ghost_domain::vm::{
     Autostart, CloudInit, DesiredPower, ImageReference, Lifecycle, NetworkInterface, RestartPolicy,
     Vm, VmSpec,
@@ -42,6 +43,9 @@ struct SpecRow {
     autostart: Option<AutostartRow>,
     restart_policy: RestartPolicyRow,
     delete_protection: bool,
+    /// Since the second release of the schema; older records have what was the rule then.
+    #[serde(default)]
+    guest: GuestRow,
     tags: BTreeMap<String, String>,
 }
 
@@ -64,6 +68,53 @@ pub(super) struct AutostartRow {
 pub(super) enum RestartPolicyRow {
     Never,
     OnCrash { max_restarts: u32, window: Duration },
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct GuestRow {
+    inject: InjectRow,
+    access: bool,
+}
+
+#[derive(Clone, Copy, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum InjectRow {
+    Auto,
+    Always,
+    Never,
+}
+
+impl Default for GuestRow {
+    fn default() -> Self {
+        GuestPolicy::default().into()
+    }
+}
+
+impl From<GuestPolicy> for GuestRow {
+    fn from(GuestPolicy { inject, access }: GuestPolicy) -> Self {
+        Self {
+            inject: match inject {
+                GuestInject::Auto => InjectRow::Auto,
+                GuestInject::Always => InjectRow::Always,
+                GuestInject::Never => InjectRow::Never,
+            },
+            access,
+        }
+    }
+}
+
+impl From<GuestRow> for GuestPolicy {
+    fn from(GuestRow { inject, access }: GuestRow) -> Self {
+        Self {
+            inject: match inject {
+                InjectRow::Auto => GuestInject::Auto,
+                InjectRow::Always => GuestInject::Always,
+                InjectRow::Never => GuestInject::Never,
+            },
+            access,
+        }
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -175,6 +226,7 @@ impl From<&VmSpec> for SpecRow {
             autostart,
             restart_policy,
             delete_protection,
+            guest,
             tags,
         } = spec;
         Self {
@@ -194,6 +246,7 @@ impl From<&VmSpec> for SpecRow {
             autostart: autostart.map(Into::into),
             restart_policy: (*restart_policy).into(),
             delete_protection: *delete_protection,
+            guest: (*guest).into(),
             tags: tags.clone(),
         }
     }
@@ -229,6 +282,7 @@ impl TryFromRow<SpecRow> for VmSpec {
             autostart: row.autostart.map(Into::into),
             restart_policy: row.restart_policy.into(),
             delete_protection: row.delete_protection,
+            guest: row.guest.into(),
             tags: row.tags,
         })
     }

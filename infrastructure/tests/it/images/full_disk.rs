@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
+use ghost_domain::guest::GuestInject;
 use ghost_domain::ports::{ImageCache, ImageSource, Seed, VmStorage};
 use ghost_domain::vm::CloudInit;
 use ghost_domain::{ByteSize, ChecksumSource, ErrorCode, ImageFormat, VmId, VmName};
@@ -135,6 +136,7 @@ async fn a_vm_is_refused_and_another_removed() {
         vm,
         hostname: VmName::new("web").unwrap(),
         cloud_init: CloudInit::default(),
+        inject: GuestInject::Never,
     };
     let size = ByteSize::from_mib(64);
     let old = VmId::random();

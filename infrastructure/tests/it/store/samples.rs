@@ -58,6 +58,7 @@ pub(super) fn vm(number: u64, generation: u64) -> Vm {
             }),
             restart_policy: RestartPolicy::default(),
             delete_protection: true,
+            guest: Default::default(),
             tags: BTreeMap::from([("team".into(), "grün".into())]),
         },
         cloud_init: CloudInit {

@@ -4,6 +4,7 @@ use std::io::{Cursor, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
+use ghost_domain::guest::GuestInject;
 use ghost_domain::ports::{Seed, VmStorage};
 use ghost_domain::vm::CloudInit;
 use ghost_domain::{ErrorCode, VmId, VmName};
@@ -17,6 +18,7 @@ fn seed(cloud_init: CloudInit) -> Seed {
         vm: "0b9f4d5e-7c1a-4b7e-9f50-3a5d7e1c2b4d".parse().unwrap(),
         hostname: VmName::new("web-1").unwrap(),
         cloud_init,
+        inject: GuestInject::Never,
     }
 }
 
@@ -143,6 +145,7 @@ fn whatever_goes_in_comes_out_again() {
                     user_data: user_data.clone(),
                     network_config: network_config.clone(),
                 },
+                inject: GuestInject::Never,
             };
             let files = read_back(runtime.block_on(write(&fixture, &seed)));
             runtime.block_on(fixture.storage.remove(seed.vm)).unwrap();

@@ -39,6 +39,7 @@ fn definition() -> DomainDefinition {
                 }),
                 restart_policy: RestartPolicy::default(),
                 delete_protection: true,
+                guest: Default::default(),
                 tags: BTreeMap::from([("team".to_owned(), "a <b> & \"c\"".to_owned())]),
             },
             cloud_init: CloudInit {
@@ -53,6 +54,7 @@ fn definition() -> DomainDefinition {
         disk: "/var/lib/ghost/vms/x/disk.qcow2".into(),
         seed: "/var/lib/ghost/vms/x/seed.img".into(),
         console_socket: "/var/lib/ghost/vms/x/console.sock".into(),
+        guest_socket: "/var/lib/ghost/vms/x/guest.sock".into(),
         console_log: "/var/lib/ghost/vms/x/console.log".into(),
         libvirt_networks: vec!["ghost-default".into()],
         base_image: ("/var/lib/ghost/images/base".into(), ImageFormat::Raw),
@@ -258,6 +260,7 @@ prop_compose! {
                 window: Duration::from_millis(window),
             }),
             delete_protection,
+            guest: Default::default(),
             tags,
         }
     }
