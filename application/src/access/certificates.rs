@@ -76,7 +76,8 @@ pub struct RevokeCertificate {
 }
 
 impl RevokeCertificate {
-    /// By id or unique prefix; revoking twice changes nothing.
+    /// By id or unique prefix; revoking twice changes nothing. The state is exported at once, so
+    /// that a rebuilt store knows of it too.
     ///
     /// # Errors
     /// `CredentialNotFound`, `StoreUnavailable`.
@@ -108,6 +109,7 @@ impl RevokeCertificate {
                 Ok(Decision::of(certificate, changes))
             })
             .await?;
+        self.registry.export_withdrawal().await;
         tracing::warn!(certificate = %revoked.id, name = %revoked.name, principal = %principal.name, "certificate revoked");
         Ok(revoked)
     }

@@ -88,7 +88,8 @@ pub struct RevokeKey {
 }
 
 impl RevokeKey {
-    /// By id or unique prefix; revoking twice changes nothing.
+    /// By id or unique prefix; revoking twice changes nothing. The state is exported at once, so
+    /// that a rebuilt store knows of it too.
     ///
     /// # Errors
     /// `CredentialNotFound`, `StoreUnavailable`.
@@ -96,14 +97,18 @@ impl RevokeKey {
         principal.require(Role::Admin)?;
         let selector = selector.to_owned();
         let now = self.registry.clock().now();
-        self.registry
+        let revoked = self
+            .registry
             .transact(move |model| {
                 let mut key =
                     secrets::find(&model.api_keys, &selector, "key", "ghostctl key list")?.clone();
                 key.revoked_at.get_or_insert(now);
                 Ok(Decision::of(key.clone(), vec![Change::PutApiKey(key)]))
             })
-            .await
+            .await?;
+        self.registry.export_withdrawal().await;
+        tracing::warn!(key = %revoked.id, name = %revoked.name, principal = %principal.name, "key revoked");
+        Ok(revoked)
     }
 }
 

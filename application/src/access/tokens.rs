@@ -159,6 +159,8 @@ impl Enroll {
                 ))
             })
             .await?;
+        // A token that is used up must not come back either.
+        self.registry.export_withdrawal().await;
         tracing::info!(token = %id, certificate = %credential, %role, "join token used");
         Ok(IssuedIdentity {
             issued,

@@ -10,11 +10,12 @@ mod model;
 mod views;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use ghost_domain::ports::{Change, Clock, StateStore};
 use ghost_domain::{Error, ErrorCode, Event, EventKind, Result, VmId};
 use parking_lot::RwLock;
-use tokio::sync::{Mutex, watch};
+use tokio::sync::{Mutex, Notify, RwLockReadGuard, RwLockWriteGuard, watch};
 use tracing::Instrument;
 
 pub(crate) use events::EventLog;
@@ -22,6 +23,9 @@ pub use events::EventStream;
 pub use model::HypervisorLink;
 pub(crate) use model::Model;
 pub use views::{AddressView, ConditionView, ImageView, OperationView, StateSource, VmView};
+
+/// How long a caller waits for the export that follows a withdrawal; it goes on without the caller.
+const EXPORT_PATIENCE: Duration = Duration::from_secs(5);
 
 /// An event to publish when a transaction has been applied.
 #[derive(Clone, Debug)]
@@ -74,6 +78,8 @@ pub(crate) struct Registry {
     transaction: Mutex<()>,
     events: EventLog,
     revision: watch::Sender<u64>,
+    export_owed: Notify,
+    naming: tokio::sync::RwLock<()>,
 }
 
 impl Registry {
@@ -89,6 +95,8 @@ impl Registry {
             transaction: Mutex::new(()),
             events: EventLog::new(),
             revision: watch::Sender::new(0),
+            export_owed: Notify::new(),
+            naming: tokio::sync::RwLock::new(()),
         })
     }
 
@@ -160,6 +168,48 @@ impl Registry {
             .unwrap_or_else(|failure| {
                 Err(Error::internal("a transaction ended abnormally").because(failure))
             })
+    }
+
+    /// Exports the state because a credential was just withdrawn (revoked, or used up).
+    ///
+    /// A lost store is rebuilt from its newest export: an export that is older than the withdrawal
+    /// would bring the credential back to life. The withdrawal itself is committed and holds
+    /// whatever becomes of the export, so that a failure is no failure of the caller's; the export
+    /// is then owed, and supervision tries until it is there.
+    pub(crate) async fn export_withdrawal(self: &Arc<Self>) {
+        let registry = Arc::clone(self);
+        // A task of its own: a caller that goes away must not stop it.
+        let export = tokio::spawn(
+            async move {
+                if let Err(error) = registry.store.export().await {
+                    tracing::warn!(
+                        %error,
+                        "cannot export the state after a credential was withdrawn; trying again"
+                    );
+                    registry.export_owed.notify_one();
+                }
+            }
+            .in_current_span(),
+        );
+        if tokio::time::timeout(EXPORT_PATIENCE, export).await.is_err() {
+            tracing::warn!("the export after a credential was withdrawn takes long");
+        }
+    }
+
+    /// To be held from before a file can come into the image cache until a record names it.
+    pub(crate) async fn naming(&self) -> RwLockReadGuard<'_, ()> {
+        self.naming.read().await
+    }
+
+    /// Nobody is between publishing an image's file and naming it, as long as this is held; `None`
+    /// where somebody is.
+    pub(crate) fn nobody_names(&self) -> Option<RwLockWriteGuard<'_, ()>> {
+        self.naming.try_write().ok()
+    }
+
+    /// Waits until an export is owed, see [`Self::export_withdrawal`].
+    pub(crate) async fn export_owed(&self) {
+        self.export_owed.notified().await;
     }
 
     /// Wakes whenever anything changed. Wait on a predicate, never on the change itself.

@@ -74,6 +74,26 @@ impl Supervisor {
                     .is_some(),
             )
         });
+        let (this, token) = (self.clone(), stop.clone());
+        tasks.spawn(async move {
+            tell(
+                "exports",
+                token
+                    .run_until_cancelled(timers::exports(this))
+                    .await
+                    .is_some(),
+            )
+        });
+        let (this, token) = (self.clone(), stop.clone());
+        tasks.spawn(async move {
+            tell(
+                "unnamed images",
+                token
+                    .run_until_cancelled(timers::unnamed_images(this))
+                    .await
+                    .is_some(),
+            )
+        });
         let (this, token) = (self, stop.clone());
         tasks.spawn(async move {
             tell(

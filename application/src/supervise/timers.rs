@@ -8,6 +8,8 @@ use ghost_domain::vm::ObservedPower;
 use ghost_domain::{MacAddress, NetworkName};
 
 use super::Supervisor;
+use crate::image::evict;
+use crate::registry::Model;
 
 /// How often libvirt is asked whether it still answers. Together with the adapter's own watch this
 /// keeps the shown age of states honest.
@@ -23,8 +25,14 @@ const BOOT_TAKES: Duration = Duration::from_secs(180);
 const LEASES_SETTLED: Duration = Duration::from_secs(30);
 /// Disk usage and free space are measured this often.
 const UPKEEP: Duration = Duration::from_secs(30);
+/// Files of the image cache that nothing names are looked for this often.
+const UNNAMED_IMAGES: Duration = Duration::from_secs(600);
 /// The state is exported this often.
 const EXPORT: Duration = Duration::from_secs(300);
+/// An export that failed is tried again so much later, then twice that, and so on …
+const EXPORT_RETRY: Duration = Duration::from_secs(1);
+/// … but no later than this.
+const EXPORT_RETRY_AT_MOST: Duration = Duration::from_secs(60);
 
 /// Notes that libvirt answers, or that it no longer does.
 pub(super) async fn liveness(supervisor: Supervisor) {
@@ -187,18 +195,45 @@ fn addresses_of(
     .collect()
 }
 
-/// Measures what disks take, reads the host, exports the state.
+/// Exports the state: from time to time, and where an export is owed (see
+/// [`crate::registry::Registry::export_withdrawal`]).
+pub(super) async fn exports(supervisor: Supervisor) {
+    loop {
+        let owed = tokio::time::timeout(EXPORT, supervisor.registry.export_owed()).await;
+        let mut pause = EXPORT_RETRY;
+        if owed.is_ok() {
+            tokio::time::sleep(pause).await;
+        }
+        while let Err(error) = supervisor.ports.store.export().await {
+            tracing::warn!(%error, "cannot export the state");
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(EXPORT_RETRY_AT_MOST);
+        }
+    }
+}
+
+/// Removes files of the image cache that were never named: once libvirt was looked at and what an
+/// earlier run left open is done, and from time to time, because a publication that was already
+/// under way when its operation was cancelled ends after the operation's undo.
+pub(super) async fn unnamed_images(supervisor: Supervisor) {
+    let registry = &supervisor.registry;
+    let settled = |model: &Model| {
+        let settled = model.link.connected && !model.recovering && !evict::is_bringing(model, None);
+        settled.then_some(())
+    };
+    while registry.wait_for(settled).await.is_ok() {
+        if let Err(error) = evict::sweep_unnamed(registry, &supervisor.ports, None).await {
+            tracing::warn!(%error, "the image cache could not be swept");
+        }
+        tokio::time::sleep(UNNAMED_IMAGES).await;
+    }
+}
+
+/// Measures what disks take, reads the host.
 pub(super) async fn upkeep(supervisor: Supervisor) {
     let registry = &supervisor.registry;
-    let mut exported = tokio::time::Instant::now();
     loop {
         measure(&supervisor).await;
-        if exported.elapsed() >= EXPORT {
-            exported = tokio::time::Instant::now();
-            if let Err(error) = supervisor.ports.store.export().await {
-                tracing::warn!(%error, "cannot export the state");
-            }
-        }
         // What was deleted or made since the last look is measured at the next one.
         tokio::time::sleep(UPKEEP).await;
         tracing::trace!(vms = registry.read(|model| model.vms.len()), "upkeep");

@@ -8,6 +8,8 @@
 )]
 
 mod crash;
+mod credentials;
+mod images;
 mod lifecycle;
 mod operations;
 mod supervision;

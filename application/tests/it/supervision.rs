@@ -1,13 +1,12 @@
-//! Honest state, drift, adoption, crash restart, autostart, leases, credentials.
+//! Honest state, drift, adoption, crash restart, autostart, leases.
 
 use std::time::Duration;
 
-use ghost_application::access::{CreateKeyCommand, EnrollCommand};
 use ghost_application::event::WatchEventsCommand;
 use ghost_application::vm::{CreateVmCommand, DeleteVmCommand, PowerCommand};
 use ghost_domain::ports::{HypervisorEvent, StoreContents};
 use ghost_domain::vm::{DesiredPower, ObservedPower, VmState};
-use ghost_domain::{ErrorCode, EventKind, Role, Secret};
+use ghost_domain::{ErrorCode, EventKind};
 
 use crate::world::{Agent, World, command};
 
@@ -415,154 +414,6 @@ async fn addresses_are_learnt_from_leases_and_shown_with_their_age() {
     let view = agent.vm("web").await.unwrap();
     assert_eq!(view.addresses[0].address.to_string(), "10.1.2.3");
     assert!(view.addresses_age.is_some());
-}
-
-#[tokio::test]
-async fn a_token_is_good_once_and_for_ten_minutes() {
-    let world = World::new();
-    let agent = world.start().await;
-    let use_cases = &agent.use_cases;
-    let (token, _) = use_cases
-        .create_token
-        .execute(&Agent::me(), Role::Operator)
-        .await
-        .unwrap();
-    let enroll = |token: &Secret, request: &str| EnrollCommand {
-        token: token.clone(),
-        request_pem: request.into(),
-        name: "laptop".into(),
-    };
-    assert_eq!(
-        use_cases
-            .enroll
-            .execute(enroll(&token, ""))
-            .await
-            .unwrap_err()
-            .code(),
-        ErrorCode::InvalidArgument
-    );
-    let (a, b) = tokio::join!(
-        use_cases.enroll.execute(enroll(&token, "csr")),
-        use_cases.enroll.execute(enroll(&token, "csr"))
-    );
-    assert_eq!(
-        [a.is_ok(), b.is_ok()].iter().filter(|won| **won).count(),
-        1,
-        "exactly one wins"
-    );
-    let winner = a.or(b).unwrap();
-    let principal = use_cases
-        .authenticate_certificate
-        .execute(winner.id)
-        .await
-        .unwrap();
-    assert_eq!(
-        (principal.name.as_str(), principal.role),
-        ("laptop", Role::Operator)
-    );
-    use_cases.renew.execute(&principal, "csr").await.unwrap();
-    use_cases
-        .revoke_certificate
-        .execute(&Agent::me(), &winner.id.to_string())
-        .await
-        .unwrap();
-    assert_eq!(
-        use_cases
-            .authenticate_certificate
-            .execute(winner.id)
-            .await
-            .unwrap_err()
-            .code(),
-        ErrorCode::Unauthenticated
-    );
-    assert_eq!(
-        use_cases
-            .renew
-            .execute(&principal, "csr")
-            .await
-            .unwrap_err()
-            .code(),
-        ErrorCode::Unauthenticated
-    );
-
-    let (late, _) = use_cases
-        .create_token
-        .execute(&Agent::me(), Role::Viewer)
-        .await
-        .unwrap();
-    world.clock.forward(Duration::from_secs(601));
-    assert_eq!(
-        use_cases
-            .enroll
-            .execute(enroll(&late, "csr"))
-            .await
-            .unwrap_err()
-            .code(),
-        ErrorCode::TokenInvalid
-    );
-    for bad in ["", "ghost-join-v1", "ghost-join-v1.x.y.z"] {
-        assert_eq!(
-            use_cases
-                .enroll
-                .execute(enroll(&Secret::new(bad), "csr"))
-                .await
-                .unwrap_err()
-                .code(),
-            ErrorCode::TokenInvalid
-        );
-    }
-}
-
-#[tokio::test]
-async fn keys_are_hashed_expire_and_are_revoked() {
-    let world = World::new();
-    let agent = world.start().await;
-    let use_cases = &agent.use_cases;
-    let make = |lifetime| CreateKeyCommand {
-        name: "ci".into(),
-        role: Role::Viewer,
-        lifetime,
-    };
-    let (secret, key) = use_cases
-        .create_key
-        .execute(&Agent::me(), make(None))
-        .await
-        .unwrap();
-    assert_eq!(
-        use_cases
-            .authenticate_key
-            .execute(&secret)
-            .await
-            .unwrap()
-            .role,
-        Role::Viewer
-    );
-    let stored = format!("{:?}", world.survivors.lock().store.api_keys);
-    assert!(!stored.contains(secret.expose().rsplit('_').next().unwrap()));
-    for bad in ["", "ghost_", "ghost_x_y", &format!("ghost_{}_00", key.id)] {
-        assert_eq!(
-            use_cases
-                .authenticate_key
-                .execute(&Secret::new(bad))
-                .await
-                .unwrap_err()
-                .code(),
-            ErrorCode::Unauthenticated
-        );
-    }
-    let (short, _) = use_cases
-        .create_key
-        .execute(&Agent::me(), make(Some(Duration::from_secs(60))))
-        .await
-        .unwrap();
-    world.clock.forward(Duration::from_secs(61));
-    assert!(use_cases.authenticate_key.execute(&short).await.is_err());
-    use_cases
-        .revoke_key
-        .execute(&Agent::me(), &key.id.to_string()[..8])
-        .await
-        .unwrap();
-    assert!(use_cases.authenticate_key.execute(&secret).await.is_err());
 }
 
 #[tokio::test]

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 
 use ghost_e2e::agent::{Agent, Builder};
 use ghost_e2e::binaries::program;
+use ghost_e2e::ctl::Ctl;
 use ghost_e2e::guest::{self, qemu_pid};
+use ghost_e2e::http;
 use ghost_e2e::proxy::{LIBVIRTD, Proxy};
 use ghost_e2e::wait;
 
@@ -197,6 +199,81 @@ fn lost_or_damaged_state_is_rebuilt_with_sled() {
 #[test]
 fn lost_or_damaged_state_is_rebuilt_with_redb() {
     rebuilds("redb");
+}
+
+/// Revoked credentials must stay revoked when the store is lost a moment later.
+fn stays_revoked(engine: &str) {
+    let mut agent = Builder::simulated().set("store.engine", engine).start();
+    let home = agent.folder().join("laptop");
+    let remote = Ctl::new(program("ghostctl"), None).with_env("XDG_CONFIG_HOME", &home);
+    let token = agent.ctl().ok(&["trust", "token", "--role", "operator"]);
+    let endpoint = format!("https://127.0.0.1:{}", agent.grpc_port());
+    let add = [
+        "--endpoint",
+        &endpoint,
+        "context",
+        "add",
+        "lab",
+        "--use",
+        "--token",
+        token.trim(),
+    ];
+    remote.ok(&add);
+    remote.ok(&["list"]);
+    let ask = |agent: &Agent, key: &str| {
+        let key = format!("Bearer {key}");
+        http::request(
+            agent.http_port(),
+            "GET",
+            "/v1/vms",
+            &[("authorization", &key)],
+            b"",
+        )
+        .unwrap()
+        .status
+    };
+    let (kept, revoked) = (make_key(&agent, "kept"), make_key(&agent, "revoked"));
+    assert_eq!((ask(&agent, &kept), ask(&agent, &revoked)), (200, 200));
+    for (list, revoke) in [("key", "revoked"), ("trust", "")] {
+        for known in agent.ctl().json(&[list, "list"]).as_array().unwrap() {
+            if revoke.is_empty() || known["name"] == revoke {
+                agent.ctl().ok(&[list, "revoke", &text(&known["id"])]);
+            }
+        }
+    }
+    // No orderly end, which would export by itself.
+    agent.kill();
+    fs::remove_dir_all(store(&agent).join("state")).unwrap();
+    agent.start();
+    let told = events(&agent, &[]);
+    assert!(
+        told.iter().any(|event| event["kind"] == "state_rebuilt"),
+        "the store was rebuilt: {told:#?}"
+    );
+    assert_eq!((ask(&agent, &kept), ask(&agent, &revoked)), (200, 401));
+    let output = remote.run(&["list"]);
+    assert_eq!(output.code, 6, "{}", output.stderr);
+    let certificates = agent.ctl().json(&["trust", "list"]);
+    assert!(
+        !certificates[0]["revoked_at"].is_null(),
+        "known, and revoked: {certificates}"
+    );
+    agent.audit();
+}
+
+fn make_key(agent: &Agent, name: &str) -> String {
+    let secret = agent.ctl().ok(&["key", "create", name, "--role", "viewer"]);
+    secret.trim().to_owned()
+}
+
+#[test]
+fn the_revoked_stay_revoked_in_a_lost_store_with_sled() {
+    stays_revoked("sled");
+}
+
+#[test]
+fn the_revoked_stay_revoked_in_a_lost_store_with_redb() {
+    stays_revoked("redb");
 }
 
 #[test]

@@ -115,6 +115,7 @@ impl Step for FetchImage {
             return Ok(());
         }
         let name = &vm.spec.image.name;
+        let _naming = context.registry.naming().await;
         let known = context
             .registry
             .read(|model| model.images.get(name).cloned());
@@ -132,6 +133,11 @@ impl Step for FetchImage {
                 Ok(Decision::of((), vec![Change::PutVm(Box::new(vm))]))
             })
             .await
+    }
+
+    async fn undo(&self, context: &StepContext) -> Result<()> {
+        evict::undo_bringing(context).await;
+        Ok(())
     }
 }
 
@@ -187,7 +193,13 @@ impl Step for PullImage {
             },
             _ => source_of(&context.ports, &self.name)?,
         };
+        let _naming = context.registry.naming().await;
         pull(context, &self.name, source).await.map(drop)
+    }
+
+    async fn undo(&self, context: &StepContext) -> Result<()> {
+        evict::undo_bringing(context).await;
+        Ok(())
     }
 }
 
@@ -220,6 +232,7 @@ impl Step for ImportImage {
         if done {
             return context.ports.images.discard(&self.staged).await;
         }
+        let _naming = context.registry.naming().await;
         let content = context
             .ports
             .images
@@ -237,7 +250,9 @@ impl Step for ImportImage {
     }
 
     async fn undo(&self, context: &StepContext) -> Result<()> {
-        context.ports.images.discard(&self.staged).await
+        context.ports.images.discard(&self.staged).await?;
+        evict::undo_bringing(context).await;
+        Ok(())
     }
 }
 

@@ -413,6 +413,9 @@ impl ImageCache for Fake {
             .lock()
             .content
             .insert(content.digest, content.clone());
+        while self.world.hold_published.load(Ordering::SeqCst) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
         Ok(content)
     }
 
@@ -442,8 +445,13 @@ impl ImageCache for Fake {
         _progress: Arc<dyn ProgressSink>,
     ) -> Result<CachedContent> {
         tokio::task::yield_now().await;
-        let mut world = self.world.survivors.lock();
-        let Some(data) = world.staged.remove(staged.to_str().unwrap()) else {
+        let data = self
+            .world
+            .survivors
+            .lock()
+            .staged
+            .remove(staged.to_str().unwrap());
+        let Some(data) = data else {
             return Err(Error::new(ErrorCode::IoFailed, "no such staged file"));
         };
         if data.starts_with(b"bad") {
@@ -458,7 +466,14 @@ impl ImageCache for Fake {
             file_size: ByteSize::from_mib(1),
             checksum: None,
         };
-        world.content.insert(digest, content.clone());
+        self.world
+            .survivors
+            .lock()
+            .content
+            .insert(digest, content.clone());
+        while self.world.hold_published.load(Ordering::SeqCst) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
         Ok(content)
     }
 
@@ -671,6 +686,18 @@ impl StateStore for Fake {
     }
 
     async fn export(&self) -> Result<()> {
+        tokio::task::yield_now().await;
+        let mut world = self.world.survivors.lock();
+        if world.store_full {
+            return Err(Error::new(
+                ErrorCode::StoreUnavailable,
+                "no space left on device",
+            ));
+        }
+        if std::mem::take(&mut world.export_fails) {
+            return Err(Error::new(ErrorCode::StoreUnavailable, "I/O error"));
+        }
+        world.exported = Some(world.store.clone());
         Ok(())
     }
 

@@ -48,6 +48,10 @@ pub(crate) struct Survivors {
     pub(crate) seeds: BTreeSet<VmId>,
     pub(crate) disks: BTreeSet<VmId>,
     pub(crate) store: StoreContents,
+    /// The newest export.
+    pub(crate) exported: Option<StoreContents>,
+    /// The next export fails.
+    pub(crate) export_fails: bool,
     pub(crate) content: BTreeMap<ImageDigest, CachedContent>,
     pub(crate) staged: BTreeMap<String, Vec<u8>>,
     pub(crate) leases: BTreeMap<MacAddress, IpAddr>,
@@ -68,6 +72,8 @@ pub(crate) struct World {
     pub(crate) events: broadcast::Sender<ghost_domain::ports::HypervisorEvent>,
     pub(crate) clock: Arc<FakeClock>,
     pub(crate) hold_pull: Arc<AtomicBool>,
+    /// Pulls and imports wait between publishing their file and answering.
+    pub(crate) hold_published: Arc<AtomicBool>,
 }
 
 /// The application within the world.
@@ -118,6 +124,8 @@ impl World {
                     boot_id: Some("boot-1".into()),
                     ..StoreContents::default()
                 },
+                exported: None,
+                export_fails: false,
                 content: BTreeMap::from([(digest, content)]),
                 staged: BTreeMap::new(),
                 leases: BTreeMap::new(),
@@ -138,6 +146,7 @@ impl World {
             events: broadcast::Sender::new(1024),
             clock,
             hold_pull: Arc::new(AtomicBool::new(false)),
+            hold_published: Arc::new(AtomicBool::new(false)),
         }
     }
 
@@ -203,6 +212,21 @@ impl World {
             "staging is not empty: {:?}",
             world.staged.keys()
         );
+        for digest in world.content.keys() {
+            let named = world
+                .store
+                .images
+                .iter()
+                .any(|image| image.digest == *digest);
+            let used = world.store.vms.iter().any(|vm| {
+                let content = vm.spec.image.content;
+                content.is_some_and(|(content, _)| content == *digest)
+            });
+            assert!(
+                named || used,
+                "an image's file that nothing names: {digest}"
+            );
+        }
         for operation in &world.store.operations {
             assert!(
                 operation.status.is_finished(),
