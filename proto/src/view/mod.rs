@@ -13,6 +13,7 @@
 
 mod access;
 mod error;
+mod guest;
 mod host;
 mod image;
 mod operation;
@@ -20,13 +21,20 @@ mod vm;
 
 pub use access::{ApiKey, Certificate, CreatedKey, Identity, JoinToken};
 pub use error::{ErrorBody, ErrorDetail, FieldViolation};
+pub use guest::{
+    AuditEntry, AuditVerdict, GuestCloudInit, GuestFile, GuestFilesystem, GuestFreeze,
+    GuestHistory, GuestInterface, GuestLayer, GuestPing, GuestSample, GuestStatus, GuestTelemetry,
+    Lockdown,
+};
 pub use host::{
     AgentStatus, Event, HostStatus, Hypervisor, Lease, Machine, Network, ResourceShares, Resources,
     Store,
 };
 pub use image::{CatalogueEntry, Image};
 pub use operation::{Operation, OperationError, OperationStatus, Progress};
-pub use vm::{Autostart, Condition, DesiredState, Disk, Nic, RestartPolicy, Vm, VmState};
+pub use vm::{
+    Autostart, Condition, DesiredState, Disk, GuestPolicy, Nic, RestartPolicy, Vm, VmState,
+};
 
 use time::OffsetDateTime;
 use time::format_description::BorrowedFormatItem;
