@@ -113,6 +113,9 @@ pub struct GuestLinkStatus {
     pub connected_at: Option<Timestamp>,
     /// When it was last heard.
     pub last_seen: Option<Monotonic>,
+    /// Since when it has not answered, where it is connected but silent: a guest that is paused,
+    /// hangs, or whose agent is stuck.
+    pub silent_since: Option<Monotonic>,
     /// Calls that are under way.
     pub running_calls: u32,
     /// Rules of the protocol that it broke in this session.

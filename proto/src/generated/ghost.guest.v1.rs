@@ -106,7 +106,9 @@ pub mod agent_message {
         AgentReady(super::AgentReady),
     }
 }
-/// The host greets. Answered by AgentReady with the same session.
+/// The host greets. Answered by AgentReady with the same session. A greeting with another session
+/// ends all calls of the one before; one with the session in force is answered and changes nothing:
+/// the host repeats itself where no answer comes.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Hello {
     /// The range of protocol versions that the host speaks.
