@@ -12,10 +12,11 @@ mod printer;
 mod progress;
 mod table;
 mod text;
+mod tracing;
 
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser};
+use clap::{CommandFactory, FromArgMatches};
 use clap_complete::CompleteEnv;
 
 use arguments::{Cli, Format};
@@ -28,28 +29,62 @@ fn main() -> ExitCode {
     CompleteEnv::with_factory(Cli::command)
         .var(commands::COMPLETION_VARIABLE)
         .complete();
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
+    let span = tracing::Span::begin();
+    let (cli, command) = match parse() {
+        Ok(parsed) => parsed,
         Err(error) => return refuse(&error),
     };
     let session = Session::new(cli.global);
-    let exit = run(cli.command, &session).unwrap_or_else(|failure| {
-        session.printer.failure(&failure);
-        failure.exit()
-    });
-    exit.into()
+    let outcome = run(cli.command, &session, span.map(|span| span.of(command)));
+    outcome
+        .unwrap_or_else(|failure| {
+            session.printer.failure(&failure);
+            failure.exit()
+        })
+        .into()
 }
 
-fn run(command: arguments::Command, session: &Session) -> Result<Exit, Failure> {
+/// The command line, and the names of the command on it (`vm create`).
+fn parse() -> Result<(Cli, String), clap::Error> {
+    let mut matches = Cli::command().try_get_matches()?;
+    let mut names = Vec::new();
+    let mut at = &matches;
+    while let Some((name, below)) = at.subcommand() {
+        names.push(name.to_owned());
+        at = below;
+    }
+    let cli = Cli::from_arg_matches_mut(&mut matches)
+        .map_err(|error| error.format(&mut Cli::command()))?;
+    Ok((cli, names.join(" ")))
+}
+
+fn run(
+    command: arguments::Command,
+    session: &Session,
+    span: Option<tracing::Span>,
+) -> Result<Exit, Failure> {
     // One thread: the work is to wait for an agent, and a pool would cost more than it gives.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| Failure::io("the runtime cannot start", &error))?;
-    let exit = runtime.block_on(commands::run(command, session));
+    let mut outcome = runtime.block_on(commands::run(command, session));
+    if let Some(span) = span {
+        let code = outcome
+            .as_ref()
+            .err()
+            .map(|failure| failure.code().to_owned());
+        // Told before the span is delivered: nobody waits for a collector.
+        let exit = outcome.unwrap_or_else(|failure| {
+            session.printer.failure(&failure);
+            failure.exit()
+        });
+        runtime.block_on(span.deliver(session, exit, code));
+        outcome = Ok(exit);
+    }
     // A read of stdin that cannot be called off must not hold up the exit.
     runtime.shutdown_background();
-    exit
+    outcome
 }
 
 /// A command line that clap does not take, or a call for help.

@@ -17,6 +17,8 @@ pub(crate) struct Span {
     pub(crate) trace: String,
     pub(crate) id: String,
     pub(crate) parent: String,
+    /// The `service.name` of whoever sent it.
+    pub(crate) service: String,
     pub(crate) name: String,
     /// Keys and values of strings among its attributes.
     pub(crate) attributes: Vec<(String, String)>,
@@ -41,14 +43,31 @@ impl TraceService for Service {
         &self,
         request: Request<ExportTraceServiceRequest>,
     ) -> Result<Response<ExportTraceServiceResponse>, Status> {
+        use opentelemetry_proto::tonic::common::v1::KeyValue;
         use opentelemetry_proto::tonic::common::v1::any_value::Value;
         let spans = request
             .into_inner()
             .resource_spans
             .into_iter()
-            .flat_map(|resource| resource.scope_spans)
-            .flat_map(|scope| scope.spans)
-            .map(|span| Span {
+            .flat_map(|resource| {
+                let service = resource
+                    .resource
+                    .and_then(|resource| {
+                        let named = |attribute: &KeyValue| attribute.key == "service.name";
+                        match resource.attributes.into_iter().find(named)?.value?.value? {
+                            Value::StringValue(name) => Some(name),
+                            _ => None,
+                        }
+                    })
+                    .unwrap_or_default();
+                resource
+                    .scope_spans
+                    .into_iter()
+                    .flat_map(|scope| scope.spans)
+                    .map(move |span| (service.clone(), span))
+            })
+            .map(|(service, span)| Span {
+                service,
                 trace: hex(&span.trace_id),
                 id: hex(&span.span_id),
                 parent: hex(&span.parent_span_id),

@@ -616,7 +616,10 @@ fn one_trace_leads_from_ghostctl_to_the_libvirt_call() {
         .start();
     agent.import_tiny();
     let vm = agent.name("traced");
-    let output = agent.ctl().run(&tiny(
+    let ctl = agent
+        .ctl()
+        .with_env("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint());
+    let output = ctl.run(&tiny(
         &["vm", "create", &vm, "--image", "tiny", "--debug"],
         &[],
     ));
@@ -628,6 +631,35 @@ fn one_trace_leads_from_ghostctl_to_the_libvirt_call() {
         .unwrap_or_else(|| panic!("no traceparent: {}", output.stderr));
     let parts: Vec<&str> = parent.trim().split('-').collect();
     let (trace, caller) = (parts[1], parts[2]);
+    // It begins in ghostctl, whose span has come when ghostctl is done.
+    let roots: Vec<_> = collector
+        .of(trace)
+        .into_iter()
+        .filter(|span| span.service == "ghostctl")
+        .collect();
+    let [root] = roots.as_slice() else {
+        panic!("one span is ghostctl's: {roots:#?}");
+    };
+    assert_eq!(
+        (root.name.as_str(), root.id.as_str(), root.parent.as_str()),
+        ("ghostctl vm create", caller, "")
+    );
+    wait::until_ok(
+        "the agent's part of the request",
+        Duration::from_secs(30),
+        || {
+            let spans = collector.of(trace);
+            let below: Vec<_> = spans.iter().filter(|span| span.parent == root.id).collect();
+            let of_agent = |span: &&crate::collector::Span| {
+                span.name == "rpc" && span.service == "ghost-agent"
+            };
+            if !below.is_empty() && below.iter().all(of_agent) {
+                Ok(())
+            } else {
+                Err(format!("{spans:#?}"))
+            }
+        },
+    );
     wait::until_ok("spans of libvirt calls", Duration::from_secs(30), || {
         let spans = collector.of(trace);
         let told: Vec<String> = spans

@@ -76,6 +76,13 @@ impl Session {
         self.global.endpoint.as_deref()
     }
 
+    /// Shows a line where `--debug` asks for it.
+    pub(crate) fn debug(&self, text: &str) {
+        if self.global.debug {
+            self.printer.debug(text);
+        }
+    }
+
     /// The trace of this run.
     pub(crate) fn trace(&self) -> &Trace {
         &self.trace
@@ -153,6 +160,7 @@ impl Agent {
         context: Option<String>,
         trace: &Trace,
     ) -> Result<Self, Failure> {
+        trace.set_used();
         let faults = tls::Faults::default();
         let channel = channel::open(endpoint, tls, &faults, context.as_deref()).await?;
         Ok(Self {

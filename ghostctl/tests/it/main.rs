@@ -15,3 +15,4 @@ mod fake;
 mod output;
 mod run;
 mod shell;
+mod traces;
