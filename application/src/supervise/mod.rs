@@ -112,11 +112,16 @@ impl Supervisor {
         // The adapter may have connected before we subscribed: begin with a look of our own.
         self.connected(&mut first).await;
         loop {
-            let connected = self.registry.read(|model| model.link.connected);
+            // A look that failed while the adapter stayed connected is followed by no event; nor is
+            // a libvirt that was silent for a while and answers again.
+            let look_again = async {
+                let lost = |model: &Model| (!model.link.connected).then_some(());
+                drop(self.registry.wait_for(lost).await);
+                tokio::time::sleep(LOOK_AGAIN).await;
+            };
             let event = tokio::select! {
                 event = events.next() => event,
-                // A look that failed while the adapter stayed connected is followed by no event.
-                () = tokio::time::sleep(LOOK_AGAIN), if !connected => {
+                () = look_again => {
                     self.connected(&mut first).await;
                     continue;
                 }

@@ -27,7 +27,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic::transport::Server;
-use tonic_health::ServingStatus;
+use tonic_health::pb::health_server::HealthServer;
 
 use crate::TraceParent;
 use crate::connection::{self, CertificateReader, Connection, ConnectionLimits, Listener};
@@ -101,12 +101,6 @@ pub async fn serve(
     options: Options,
     shutdown: CancellationToken,
 ) -> Result<()> {
-    let (health, health_service) = tonic_health::server::health_reporter();
-    for service in SERVICES {
-        health
-            .set_service_status(*service, ServingStatus::Serving)
-            .await;
-    }
     let watch = Arc::new(Watch {
         use_cases: Arc::clone(&use_cases),
         recorder,
@@ -143,7 +137,12 @@ pub async fn serve(
         ));
     }
 
-    let routes = routes(&use_cases, &options.agent, health_service)?;
+    let health = services::Health {
+        use_cases: Arc::clone(&use_cases),
+        known: SERVICES,
+        shutdown: shutdown.clone(),
+    };
+    let routes = routes(&use_cases, &options.agent, health)?;
     let mut serving = Box::pin(
         Server::builder()
             .max_concurrent_streams(MOST_STREAMS)
@@ -165,11 +164,6 @@ pub async fn serve(
     tokio::select! {
         ended = &mut serving => return ended.map_err(failed),
         () = shutdown.cancelled() => {}
-    }
-    for service in SERVICES {
-        health
-            .set_service_status(*service, ServingStatus::NotServing)
-            .await;
     }
     if let Ok(ended) = tokio::time::timeout(options.grace, &mut serving).await {
         return ended.map_err(failed);
@@ -193,14 +187,11 @@ const SERVICES: &[&str] = &[
     "ghost.agent.v1.AccessService",
 ];
 
-fn routes<H>(
+fn routes(
     use_cases: &Arc<UseCases>,
     agent: &AgentInfo,
-    health: tonic_health::pb::health_server::HealthServer<H>,
-) -> Result<Routes>
-where
-    H: tonic_health::pb::health_server::Health,
-{
+    health: services::Health,
+) -> Result<Routes> {
     let shared = || Arc::clone(use_cases);
     let unusable =
         |cause| Error::internal("reflection cannot describe the services").because(cause);
@@ -223,7 +214,7 @@ where
     .add_service(NetworkServiceServer::new(services::Networks(shared())))
     .add_service(EventServiceServer::new(services::Events(shared())))
     .add_service(AccessServiceServer::new(services::Access(shared())))
-    .add_service(health)
+    .add_service(HealthServer::new(health))
     .add_service(reflection().build_v1().map_err(unusable)?)
     .add_service(reflection().build_v1alpha().map_err(unusable)?))
 }

@@ -17,7 +17,7 @@ use ghost_proto::agent::v1::vm_service_client::VmServiceClient;
 use tonic::{Code, Request};
 
 use super::*;
-use crate::world::{HUNG, PANICS, WELL};
+use crate::world::{BROKEN, HUNG, PANICS, WELL};
 
 #[tokio::test]
 async fn the_local_socket_needs_no_certificate() {
@@ -359,6 +359,54 @@ async fn health_and_reflection_are_served() {
             .iter()
             .any(|one| one.name == "ghost.agent.v1.VmService")
     );
+}
+
+#[tokio::test]
+async fn health_follows_libvirt_and_ends_with_the_server() {
+    use tonic_health::pb::HealthCheckRequest;
+    use tonic_health::pb::health_check_response::ServingStatus;
+    use tonic_health::pb::health_client::HealthClient;
+
+    let served = Served::new().await;
+    let mut client = HealthClient::new(served.remote(None).await);
+    let of = |service: &str| HealthCheckRequest {
+        service: service.into(),
+    };
+    let mut watches = Vec::new();
+    for service in ["", "ghost.agent.v1.VmService"] {
+        let mut watch = client.watch(of(service)).await.unwrap().into_inner();
+        let first = watch.message().await.unwrap().unwrap();
+        assert_eq!(first.status(), ServingStatus::Serving, "{service:?}");
+        watches.push(watch);
+    }
+    // Nobody knows it: that is an error at once, and a status for who waits for it.
+    let status = client.check(of("no.Such")).await.unwrap_err();
+    assert_eq!(status.code(), tonic::Code::NotFound);
+    let mut unknown = client.watch(of("no.Such")).await.unwrap().into_inner();
+    let first = unknown.message().await.unwrap().unwrap();
+    assert_eq!(first.status(), ServingStatus::ServiceUnknown);
+
+    let knob = &served.world.knobs.hypervisor;
+    for (state, expected) in [
+        (BROKEN, ServingStatus::NotServing),
+        (WELL, ServingStatus::Serving),
+    ] {
+        knob.store(state, Ordering::SeqCst);
+        for watch in &mut watches {
+            let told = tokio::time::timeout(Duration::from_secs(60), watch.message());
+            let told = told.await.unwrap().unwrap().unwrap();
+            assert_eq!(told.status(), expected);
+            let asked = client.check(of("ghost.agent.v1.VmService")).await.unwrap();
+            assert_eq!(asked.into_inner().status(), expected);
+        }
+    }
+
+    served.shutdown.cancel();
+    for watch in &mut watches {
+        let told = tokio::time::timeout(Duration::from_secs(10), watch.message());
+        let told = told.await.unwrap().unwrap().unwrap();
+        assert_eq!(told.status(), ServingStatus::NotServing);
+    }
 }
 
 #[tokio::test]
