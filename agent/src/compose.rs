@@ -68,6 +68,8 @@ pub(crate) fn adapters(config: &Config) -> Result<Adapters> {
         host,
         store,
         authority: Arc::clone(&authority) as Arc<dyn CertificateAuthority>,
+        guests: Arc::new(crate::unlinked::Unlinked),
+        audit: Arc::new(crate::unlinked::Unlinked),
         clock,
     };
     Ok(Adapters { ports, authority })
@@ -90,6 +92,7 @@ impl Adapters {
                 memory_percent: config.resources.overcommit.memory.percent(),
                 disk_percent: config.resources.overcommit.disk.percent(),
             },
+            guest: ghost_application::guest::GuestOptions::default(),
             failpoints: crate::failpoints::from_environment()?,
         };
         let application = Application::start(self.ports, options).await?;

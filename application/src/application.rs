@@ -4,18 +4,20 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use ghost_domain::guest::GuestInject;
 use ghost_domain::ports::{
-    CertificateAuthority, Clock, HostProbe, Hypervisor, ImageCache, ImageCatalogue,
-    NetworkProvider, StateStore, VmStorage,
+    AuditLog, CertificateAuthority, Clock, GuestLinks, HostProbe, Hypervisor, ImageCache,
+    ImageCatalogue, NetworkProvider, StateStore, VmStorage,
 };
 use ghost_domain::{ByteSize, EventKind, OperationKind, Overcommit, Reserved, Result};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::guest::{Door, GuestOptions};
 use crate::operations::{Engine, Failpoints};
 use crate::registry::{Model, Registry};
 use crate::supervise::Supervisor;
-use crate::{access, event, host, image, network, operation, vm};
+use crate::{access, event, guest, host, image, network, operation, vm};
 
 /// Everything outside that the application needs.
 #[derive(Clone)]
@@ -38,6 +40,10 @@ pub struct Ports {
     pub store: Arc<dyn StateStore>,
     /// Signs certificates.
     pub authority: Arc<dyn CertificateAuthority>,
+    /// Reaches the agents in VMs.
+    pub guests: Arc<dyn GuestLinks>,
+    /// Keeps what was done in guests.
+    pub audit: Arc<dyn AuditLog>,
     /// Tells the time.
     pub clock: Arc<dyn Clock>,
 }
@@ -49,6 +55,8 @@ pub struct Options {
     pub reserved: Reserved,
     /// How often a resource may be promised.
     pub overcommit: Overcommit,
+    /// See [`GuestOptions`].
+    pub guest: GuestOptions,
     /// Breaks operations on purpose, in tests.
     pub failpoints: Option<Failpoints>,
 }
@@ -133,6 +141,50 @@ pub struct UseCases {
     pub revoke_key: access::RevokeKey,
     /// See [`access::AuthenticateKey`].
     pub authenticate_key: access::AuthenticateKey,
+    /// See [`guest::GetGuestStatus`].
+    pub get_guest_status: guest::GetGuestStatus,
+    /// See [`guest::PingGuest`].
+    pub ping_guest: guest::PingGuest,
+    /// See [`guest::ExecInGuest`].
+    pub exec_in_guest: guest::ExecInGuest,
+    /// See [`guest::StatGuestFile`].
+    pub stat_guest_file: guest::StatGuestFile,
+    /// See [`guest::ListGuestFiles`].
+    pub list_guest_files: guest::ListGuestFiles,
+    /// See [`guest::MakeGuestDirectory`].
+    pub make_guest_directory: guest::MakeGuestDirectory,
+    /// See [`guest::ReadGuestFile`].
+    pub read_guest_file: guest::ReadGuestFile,
+    /// See [`guest::WriteGuestFile`].
+    pub write_guest_file: guest::WriteGuestFile,
+    /// See [`guest::ShutdownGuest`].
+    pub shutdown_guest: guest::ShutdownGuest,
+    /// See [`guest::SetGuestPassword`].
+    pub set_guest_password: guest::SetGuestPassword,
+    /// See [`guest::UpdateGuestSshKeys`].
+    pub update_guest_ssh_keys: guest::UpdateGuestSshKeys,
+    /// See [`guest::SyncGuestClock`].
+    pub sync_guest_clock: guest::SyncGuestClock,
+    /// See [`guest::FreezeGuest`].
+    pub freeze_guest: guest::FreezeGuest,
+    /// See [`guest::ThawGuest`].
+    pub thaw_guest: guest::ThawGuest,
+    /// See [`guest::UpdateGuest`].
+    pub update_guest: guest::UpdateGuest,
+    /// See [`guest::GetGuestHistory`].
+    pub get_guest_history: guest::GetGuestHistory,
+    /// See [`guest::WatchTelemetry`].
+    pub watch_telemetry: guest::WatchTelemetry,
+    /// See [`guest::RegisterGuestAddress`].
+    pub register_guest_address: guest::RegisterGuestAddress,
+    /// See [`guest::SetLockdown`].
+    pub set_lockdown: guest::SetLockdown,
+    /// See [`guest::GetLockdown`].
+    pub get_lockdown: guest::GetLockdown,
+    /// See [`guest::ListAudit`].
+    pub list_audit: guest::ListAudit,
+    /// See [`guest::VerifyAudit`].
+    pub verify_audit: guest::VerifyAudit,
 }
 
 /// How long the first look at libvirt is waited for.
@@ -142,6 +194,7 @@ const FIRST_LOOK: Duration = Duration::from_secs(2);
 pub struct Application {
     use_cases: Arc<UseCases>,
     engine: Arc<Engine>,
+    door: Arc<Door>,
     store: Arc<dyn StateStore>,
     tasks: TaskTracker,
     stop: CancellationToken,
@@ -181,12 +234,29 @@ impl Application {
             tracing::warn!(%error, "cannot sweep the staging folder");
         }
         let engine = Engine::new(Arc::clone(&registry), ports.clone(), options.failpoints);
+        // Before anything is attached: a lockdown outlives the agent.
+        let locked = registry.read(|model| model.lockdown.is_some());
+        if locked {
+            ports.guests.lock_down(true);
+        }
+        let door = Arc::new(Door {
+            registry: Arc::clone(&registry),
+            ports: ports.clone(),
+            access: options.guest.access,
+            tasks: TaskTracker::new(),
+        });
         let supervisor = Supervisor {
             registry: Arc::clone(&registry),
             ports: ports.clone(),
             engine: Arc::clone(&engine),
         };
-        let use_cases = Arc::new(use_cases(&registry, &engine, &ports, started));
+        let use_cases = Arc::new(use_cases(
+            &registry,
+            &engine,
+            &door,
+            &ports,
+            (options.guest.inject, started),
+        ));
         let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
         supervisor.spawn(&tasks, &stop);
         // Whoever calls at once should not meet states that are unknown for half a second more.
@@ -198,6 +268,7 @@ impl Application {
         Ok(Self {
             use_cases,
             engine,
+            door,
             store: Arc::clone(&ports.store),
             tasks,
             stop,
@@ -231,17 +302,20 @@ impl Application {
 fn use_cases(
     registry: &Arc<Registry>,
     engine: &Arc<Engine>,
+    door: &Arc<Door>,
     ports: &Ports,
-    started: ghost_domain::Monotonic,
+    (inject, started): (GuestInject, ghost_domain::Monotonic),
 ) -> UseCases {
     let registry = || Arc::clone(registry);
     let engine = || Arc::clone(engine);
+    let door = || Arc::clone(door);
     let ports = || ports.clone();
     UseCases {
         create_vm: vm::CreateVm {
             engine: engine(),
             registry: registry(),
             ports: ports(),
+            inject,
         },
         get_vm: vm::GetVm {
             registry: registry(),
@@ -382,5 +456,36 @@ fn use_cases(
         authenticate_key: access::AuthenticateKey {
             registry: registry(),
         },
+        get_guest_status: guest::GetGuestStatus { door: door() },
+        ping_guest: guest::PingGuest { door: door() },
+        exec_in_guest: guest::ExecInGuest { door: door() },
+        stat_guest_file: guest::StatGuestFile { door: door() },
+        list_guest_files: guest::ListGuestFiles { door: door() },
+        make_guest_directory: guest::MakeGuestDirectory { door: door() },
+        read_guest_file: guest::ReadGuestFile { door: door() },
+        write_guest_file: guest::WriteGuestFile { door: door() },
+        shutdown_guest: guest::ShutdownGuest { door: door() },
+        set_guest_password: guest::SetGuestPassword { door: door() },
+        update_guest_ssh_keys: guest::UpdateGuestSshKeys { door: door() },
+        sync_guest_clock: guest::SyncGuestClock { door: door() },
+        freeze_guest: guest::FreezeGuest { door: door() },
+        thaw_guest: guest::ThawGuest { door: door() },
+        update_guest: guest::UpdateGuest { door: door() },
+        get_guest_history: guest::GetGuestHistory {
+            registry: registry(),
+        },
+        watch_telemetry: guest::WatchTelemetry {
+            registry: registry(),
+        },
+        register_guest_address: guest::RegisterGuestAddress { door: door() },
+        set_lockdown: guest::SetLockdown { door: door() },
+        get_lockdown: guest::GetLockdown {
+            registry: registry(),
+        },
+        list_audit: guest::ListAudit {
+            registry: registry(),
+            ports: ports(),
+        },
+        verify_audit: guest::VerifyAudit { ports: ports() },
     }
 }

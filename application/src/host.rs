@@ -4,14 +4,17 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ghost_domain::ports::{DomainStatistics, HostFacts, HostUsage, HypervisorInfo, StoreHealth};
+use ghost_domain::guest::GuestTelemetry;
+use ghost_domain::ports::{
+    DomainStatistics, GuestLinks, HostFacts, HostUsage, HypervisorInfo, StoreHealth,
+};
 use ghost_domain::vm::VmState;
 use ghost_domain::{
     ByteSize, Capacity, HostResources, ImageDigest, Principal, Reserved, Result, Role, VmName,
 };
 
 use crate::application::Ports;
-use crate::registry::{HypervisorLink, Registry};
+use crate::registry::{HypervisorLink, Registry, VmEntry};
 
 /// How the host and its agent stand.
 #[derive(Clone, Debug)]
@@ -189,6 +192,24 @@ pub struct VmMetrics {
     pub disk_allocated: ByteSize,
     /// Counters since its start, where it runs and libvirt answered.
     pub statistics: Option<DomainStatistics>,
+    /// What its agent says; `None` where it does not run.
+    pub guest: Option<GuestMetrics>,
+}
+
+/// What the agent in a VM says, for metrics. Labels made of it are the guest's words: bounded by
+/// the adapter (at most 32 file systems), and still to be escaped.
+#[derive(Clone, Debug)]
+pub struct GuestMetrics {
+    /// Its agent is connected.
+    pub connected: bool,
+    /// Its newest report; `None` while it is silent.
+    pub report: Option<Arc<GuestTelemetry>>,
+    /// How old the report is.
+    pub report_age: Duration,
+    /// Calls under way.
+    pub running_calls: u32,
+    /// Rules of the protocol that it broke in this session.
+    pub violations: u32,
 }
 
 /// Everything that metrics are made of.
@@ -270,6 +291,7 @@ impl CollectMetrics {
                         memory: entry.vm.spec.memory,
                         disk_allocated: entry.usage.unwrap_or_default().disk_allocated,
                         statistics: statistics.remove(&entry.vm.id),
+                        guest: guest_metrics(entry, &*self.ports.guests, now),
                     })
                     .collect(),
                 hypervisor_connected: model.link.connected,
@@ -281,4 +303,28 @@ impl CollectMetrics {
             }
         }))
     }
+}
+
+fn guest_metrics(
+    entry: &VmEntry,
+    links: &dyn GuestLinks,
+    now: ghost_domain::Monotonic,
+) -> Option<GuestMetrics> {
+    let active = entry
+        .observation
+        .as_ref()
+        .is_some_and(|seen| seen.power.is_active());
+    if !active {
+        return None;
+    }
+    let status = links.status(entry.vm.id);
+    let fresh = entry.guest.is_fresh(now);
+    let report = entry.guest.telemetry.as_ref().filter(|_| fresh);
+    Some(GuestMetrics {
+        connected: entry.guest.connected,
+        report_age: report.map(|(_, at)| now.since(*at)).unwrap_or_default(),
+        report: report.map(|(report, _)| Arc::clone(report)),
+        running_calls: status.running_calls,
+        violations: status.violations,
+    })
 }

@@ -13,6 +13,7 @@
 pub mod access;
 mod application;
 pub mod event;
+pub mod guest;
 pub mod host;
 pub mod image;
 pub mod network;
@@ -25,5 +26,6 @@ pub mod vm;
 pub use application::{Application, Options, Ports, UseCases};
 pub use operations::{FailAction, FailMoment, FailSite, Failpoints};
 pub use registry::{
-    AddressView, ConditionView, HypervisorLink, ImageView, OperationView, StateSource, VmView,
+    AddressSource, AddressView, ConditionView, GuestSample, HypervisorLink, ImageView,
+    OperationView, StateSource, VmView,
 };

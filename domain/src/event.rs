@@ -90,6 +90,39 @@ pub enum EventKind {
         /// What was found damaged and what was recovered.
         detail: String,
     },
+    /// The agent in a guest greeted.
+    GuestConnected {
+        /// Its version, escaped: it is the guest's word.
+        version: String,
+        /// The guest's kernel was started anew, as far as the guest says.
+        rebooted: bool,
+    },
+    /// The agent in a guest is no longer heard.
+    GuestDisconnected {
+        /// Why.
+        reason: String,
+    },
+    /// The agent in a guest broke the protocol so often that it is held off for a while.
+    GuestMisbehaved {
+        /// What it did.
+        detail: String,
+    },
+    /// The agent in a guest was replaced by the host's program, or could not be.
+    GuestUpdated {
+        /// Whether it was.
+        updated: bool,
+        /// To what, or why not.
+        detail: String,
+    },
+    /// All ways into guests were closed, or opened again.
+    Lockdown {
+        /// Whether they are closed now.
+        active: bool,
+        /// By whom.
+        by: String,
+        /// Why.
+        reason: String,
+    },
 }
 
 impl EventKind {
@@ -108,6 +141,11 @@ impl EventKind {
             Self::HypervisorConnected => "hypervisor_connected",
             Self::HypervisorLost { .. } => "hypervisor_lost",
             Self::StateRebuilt { .. } => "state_rebuilt",
+            Self::GuestConnected { .. } => "guest_connected",
+            Self::GuestDisconnected { .. } => "guest_disconnected",
+            Self::GuestMisbehaved { .. } => "guest_misbehaved",
+            Self::GuestUpdated { .. } => "guest_updated",
+            Self::Lockdown { .. } => "lockdown",
         }
     }
 
@@ -117,7 +155,10 @@ impl EventKind {
             Self::VmDrift { .. }
             | Self::VmCrashed { .. }
             | Self::HypervisorLost { .. }
-            | Self::StateRebuilt { .. } => Severity::Warning,
+            | Self::StateRebuilt { .. }
+            | Self::GuestMisbehaved { .. }
+            | Self::GuestUpdated { updated: false, .. }
+            | Self::Lockdown { active: true, .. } => Severity::Warning,
             Self::Operation { status, .. } => match status {
                 OperationStatus::Failed | OperationStatus::NeedsAttention => Severity::Error,
                 OperationStatus::RolledBack => Severity::Warning,
@@ -136,7 +177,11 @@ impl EventKind {
             | Self::VmRemoved
             | Self::ImageAdded
             | Self::ImageRemoved { .. }
-            | Self::HypervisorConnected => Severity::Info,
+            | Self::HypervisorConnected
+            | Self::GuestConnected { .. }
+            | Self::GuestDisconnected { .. }
+            | Self::GuestUpdated { updated: true, .. }
+            | Self::Lockdown { active: false, .. } => Severity::Info,
         }
     }
 
@@ -178,6 +223,34 @@ impl EventKind {
             Self::HypervisorConnected => "libvirt connected".into(),
             Self::HypervisorLost { reason } => format!("libvirt lost: {reason}"),
             Self::StateRebuilt { detail } => format!("state rebuilt: {detail}"),
+            Self::GuestConnected {
+                version,
+                rebooted: true,
+            } => format!("guest agent {version} connected after a boot"),
+            Self::GuestConnected {
+                version,
+                rebooted: false,
+            } => format!("guest agent {version} connected"),
+            Self::GuestDisconnected { reason } => format!("guest agent lost: {reason}"),
+            Self::GuestMisbehaved { detail } => {
+                format!("guest agent held off, it breaks the protocol: {detail}")
+            }
+            Self::GuestUpdated {
+                updated: true,
+                detail,
+            } => format!("guest agent updated: {detail}"),
+            Self::GuestUpdated {
+                updated: false,
+                detail,
+            } => format!("guest agent not updated: {detail}"),
+            Self::Lockdown {
+                active: true,
+                by,
+                reason,
+            } => format!("all ways into guests closed by {by}: {reason}"),
+            Self::Lockdown {
+                active: false, by, ..
+            } => format!("ways into guests opened again by {by}"),
         }
     }
 }

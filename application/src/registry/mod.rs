@@ -6,6 +6,8 @@
 //! the act that relies on it cannot be separated (two creates of one name: exactly one wins).
 
 mod events;
+mod guest;
+mod history;
 mod model;
 mod views;
 
@@ -20,9 +22,14 @@ use tracing::Instrument;
 
 pub(crate) use events::EventLog;
 pub use events::EventStream;
+pub(crate) use guest::{HostRates, is_usable, reported_addresses};
+pub use history::GuestSample;
+pub(crate) use history::LONGEST_SPAN;
 pub use model::HypervisorLink;
-pub(crate) use model::Model;
-pub use views::{AddressView, ConditionView, ImageView, OperationView, StateSource, VmView};
+pub(crate) use model::{Model, VmEntry};
+pub use views::{
+    AddressSource, AddressView, ConditionView, ImageView, OperationView, StateSource, VmView,
+};
 
 /// How long a caller waits for the export that follows a withdrawal; it goes on without the caller.
 const EXPORT_PATIENCE: Duration = Duration::from_secs(5);
@@ -80,6 +87,7 @@ pub(crate) struct Registry {
     revision: watch::Sender<u64>,
     export_owed: Notify,
     naming: tokio::sync::RwLock<()>,
+    telemetry: watch::Sender<u64>,
 }
 
 impl Registry {
@@ -95,6 +103,7 @@ impl Registry {
             transaction: Mutex::new(()),
             events: EventLog::new(),
             revision: watch::Sender::new(0),
+            telemetry: watch::Sender::new(0),
             export_owed: Notify::new(),
             naming: tokio::sync::RwLock::new(()),
         })
@@ -254,6 +263,19 @@ impl Registry {
 
     pub(crate) fn recent_events(&self) -> Vec<Event> {
         self.events.recent()
+    }
+
+    /// Wakes whenever there are new samples of VMs: often, so those who watch records do not.
+    pub(crate) fn watch_telemetry(&self) -> watch::Receiver<u64> {
+        self.telemetry.subscribe()
+    }
+
+    /// As [`Self::quietly`], and wakes those who watch telemetry.
+    pub(crate) fn measure<T>(&self, change: impl FnOnce(&mut Model) -> T) -> T {
+        let value = change(&mut self.model.write());
+        self.telemetry
+            .send_modify(|revision| *revision = revision.wrapping_add(1));
+        value
     }
 
     fn touch(&self) {

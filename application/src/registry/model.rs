@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ghost_domain::guest::Lockdown;
 use ghost_domain::ports::{Change, StoreContents, VmStorageUsage};
 use ghost_domain::vm::{Lifecycle, Observation, ShownState, Vm, VmState, show};
 use ghost_domain::{
@@ -15,6 +16,7 @@ use ghost_domain::{
 };
 
 use super::Notice;
+use super::guest::GuestSeen;
 
 /// How the link to the hypervisor stands.
 #[derive(Clone, Debug)]
@@ -31,12 +33,19 @@ pub struct HypervisorLink {
 pub(crate) struct VmEntry {
     pub(crate) vm: Arc<Vm>,
     pub(crate) observation: Option<Observation>,
+    /// By lease.
     pub(crate) addresses: Vec<(MacAddress, IpAddr)>,
+    /// As its agent reports them.
+    pub(crate) reported: Vec<(MacAddress, IpAddr)>,
+    /// As somebody registered them by hand.
+    pub(crate) registered: Vec<(MacAddress, IpAddr)>,
     pub(crate) addresses_at: Monotonic,
     pub(crate) usage: Option<VmStorageUsage>,
     pub(crate) drift: Vec<String>,
     pub(crate) drift_since: Timestamp,
     pub(crate) operation: Option<OperationId>,
+    /// What is known of its inside.
+    pub(crate) guest: GuestSeen,
     /// The state last told in an event.
     told: Option<VmState>,
 }
@@ -58,6 +67,8 @@ pub(crate) struct Model {
     pub(crate) api_keys: BTreeMap<CredentialId, ApiKey>,
     pub(crate) join_tokens: BTreeMap<CredentialId, JoinToken>,
     pub(crate) boot_id: Option<String>,
+    /// All ways into guests are closed. In force from the moment it stands here, recorded or not.
+    pub(crate) lockdown: Option<Lockdown>,
     pub(crate) link: HypervisorLink,
     /// Records may be missing: nothing may be destroyed until libvirt was asked.
     pub(crate) recovering: bool,
@@ -85,6 +96,7 @@ impl Model {
             api_keys: BTreeMap::new(),
             join_tokens: BTreeMap::new(),
             boot_id: contents.boot_id,
+            lockdown: contents.lockdown,
             link: HypervisorLink {
                 connected: false,
                 last_contact: now,
@@ -140,11 +152,14 @@ impl Model {
                             vm: Arc::clone(&vm),
                             observation: None,
                             addresses: Vec::new(),
+                            reported: Vec::new(),
+                            registered: Vec::new(),
                             addresses_at: Monotonic::default(),
                             usage: None,
                             drift: Vec::new(),
                             drift_since: Timestamp::default(),
                             operation,
+                            guest: GuestSeen::default(),
                             told: None,
                         },
                     );
@@ -218,6 +233,8 @@ impl Model {
                 self.join_tokens.remove(&id);
             }
             Change::PutBootId(boot_id) => self.boot_id = Some(boot_id),
+            Change::PutLockdown(lockdown) => self.lockdown = Some(lockdown),
+            Change::DeleteLockdown => self.lockdown = None,
         }
     }
 

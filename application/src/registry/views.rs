@@ -32,19 +32,45 @@ impl StateSource {
     }
 }
 
-/// An address that a VM has by lease.
+/// How an address is known, from the best down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AddressSource {
+    /// The guest's agent reports it of the card with this hardware address.
+    Guest,
+    /// DHCP gave it.
+    Lease,
+    /// Somebody registered it.
+    Registered,
+}
+
+impl AddressSource {
+    /// `guest`, `lease` or `registered`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Guest => "guest",
+            Self::Lease => "lease",
+            Self::Registered => "registered",
+        }
+    }
+}
+
+/// An address that a VM has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AddressView {
     /// On which card.
     pub mac: MacAddress,
     /// The address.
     pub address: IpAddr,
+    /// How it is known.
+    pub source: AddressSource,
 }
 
 /// Something that is true of a VM or not.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConditionView {
-    /// `address`, `drift`, `storage`, `record`.
+    /// `address`, `agent`, `cloud-init`, `drift`, `storage`, `record`. Of `cloud-init` the reason
+    /// begins with `done`, `absent` or `disabled` where it is true, and with `error` where it has
+    /// failed for good.
     pub kind: &'static str,
     /// Whether it is true.
     pub status: bool,
@@ -111,20 +137,14 @@ impl VmView {
         } else {
             now.since(model.link.last_contact)
         };
+        let addresses = entry.known_addresses();
         Self {
             vm: Arc::clone(&entry.vm),
             shown,
             source,
             age,
-            addresses: entry
-                .addresses
-                .iter()
-                .map(|(mac, address)| AddressView {
-                    mac: *mac,
-                    address: *address,
-                })
-                .collect(),
-            addresses_age: (!entry.addresses.is_empty()).then(|| now.since(entry.addresses_at)),
+            addresses_age: addresses_age(entry, &addresses, now),
+            addresses,
             usage: entry.usage,
             conditions: conditions(entry),
             operation: entry.operation,
@@ -136,16 +156,26 @@ fn conditions(entry: &VmEntry) -> Vec<ConditionView> {
     let mut conditions = Vec::new();
     let observed = entry.observation.as_ref();
     let active = observed.is_some_and(|seen| seen.power.is_active());
+    let addresses = entry.known_addresses();
     conditions.push(ConditionView {
         kind: "address",
-        status: !entry.addresses.is_empty(),
-        reason: match (entry.addresses.first(), active) {
-            (Some((_, address)), _) => format!("leased {address}"),
-            (None, true) => "no DHCP lease yet".into(),
+        status: !addresses.is_empty(),
+        reason: match (addresses.first(), active) {
+            (Some(first), _) => {
+                let how = match first.source {
+                    AddressSource::Guest => "reported",
+                    AddressSource::Lease => "leased",
+                    AddressSource::Registered => "registered",
+                };
+                format!("{how} {}", first.address)
+            }
+            (None, true) => "no DHCP lease and no report yet".into(),
             (None, false) => "not running".into(),
         },
         since: None,
     });
+    conditions.push(agent_condition(entry));
+    conditions.push(cloud_init_condition(entry));
     conditions.push(ConditionView {
         kind: "drift",
         status: !entry.drift.is_empty(),
@@ -172,6 +202,79 @@ fn conditions(entry: &VmEntry) -> Vec<ConditionView> {
         });
     }
     conditions
+}
+
+fn addresses_age(entry: &VmEntry, addresses: &[AddressView], now: Monotonic) -> Option<Duration> {
+    let first = addresses.first()?;
+    match (first.source, &entry.guest.telemetry) {
+        (AddressSource::Guest, Some((_, at))) => Some(now.since(*at)),
+        (AddressSource::Lease, _) => Some(now.since(entry.addresses_at)),
+        _ => None,
+    }
+}
+
+/// Whether the agent in the guest is connected.
+fn agent_condition(entry: &VmEntry) -> ConditionView {
+    let guest = &entry.guest;
+    let power = entry.observation.as_ref().map(|seen| seen.power);
+    let paused = power == Some(ObservedPower::Paused);
+    let running = power.is_some_and(ObservedPower::is_active);
+    let reason = if !running {
+        "not running".into()
+    } else if paused {
+        "the VM is paused".into()
+    } else if guest.connected {
+        let version = guest.hello.as_ref().map(|hello| &hello.agent_version);
+        format!(
+            "ghost-guest {}",
+            crate::guest::escape(version.map_or("", |version| version), 64)
+        )
+    } else if let Some(detail) = &guest.misbehaved {
+        format!("held off, it breaks the protocol: {detail}")
+    } else if !guest.reason.is_empty() {
+        guest.reason.clone()
+    } else {
+        "it has not greeted yet".into()
+    };
+    ConditionView {
+        kind: "agent",
+        status: running && !paused && guest.connected,
+        reason,
+        since: guest.since,
+    }
+}
+
+/// Whether cloud-init has come to a good end. It is told apart by the reason's first word.
+fn cloud_init_condition(entry: &VmEntry) -> ConditionView {
+    let active = entry
+        .observation
+        .as_ref()
+        .is_some_and(|seen| seen.power.is_active());
+    let Some((told, since)) = entry.guest.cloud_init.as_ref().filter(|_| active) else {
+        return ConditionView {
+            kind: "cloud-init",
+            status: false,
+            reason: if active {
+                "the guest has not reported it yet".into()
+            } else {
+                "not running".into()
+            },
+            since: None,
+        };
+    };
+    let mut reason = told.status.clone();
+    if !told.stage.is_empty() && !told.is_finished() {
+        reason = format!("{reason} {}", told.stage);
+    }
+    if !told.errors.is_empty() {
+        reason = format!("{reason}: {}", told.errors.join("; "));
+    }
+    ConditionView {
+        kind: "cloud-init",
+        status: told.is_finished() && told.status != "error",
+        reason,
+        since: Some(*since),
+    }
 }
 
 impl OperationView {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use ghost_domain::guest::GuestPolicy;
+use ghost_domain::guest::{GuestInject, GuestPolicy};
 use ghost_domain::ports::Change;
 use ghost_domain::vm::{
     Autostart, CloudInit, DesiredPower, ImageReference, Lifecycle, NetworkInterface, RestartPolicy,
@@ -70,6 +70,8 @@ pub struct CreateVm {
     pub(crate) engine: Arc<Engine>,
     pub(crate) registry: Arc<Registry>,
     pub(crate) ports: Ports,
+    /// How the agent comes into VMs whose creator does not say.
+    pub(crate) inject: GuestInject,
 }
 
 impl CreateVm {
@@ -87,7 +89,7 @@ impl CreateVm {
         principal.require(Role::Operator)?;
         let request_hash = Submission::hash(&command);
         let now = self.registry.clock().now();
-        let (vm, disk_given) = draft(&command, now)?;
+        let (vm, disk_given) = draft(&command, self.inject, now)?;
         self.ports.storage.validate_seed(&vm.cloud_init)?;
         self.refresh_host().await?;
         let cached = self
@@ -227,7 +229,7 @@ fn admit_new(capacity: &ghost_domain::Capacity, vm: &Vm, start: bool) -> Result<
 }
 
 /// Checks all that can be checked without looking at the host.
-fn draft(command: &CreateVmCommand, now: Timestamp) -> Result<(Vm, bool)> {
+fn draft(command: &CreateVmCommand, inject: GuestInject, now: Timestamp) -> Result<(Vm, bool)> {
     let name = match &command.name {
         Some(name) => VmName::new(name.clone())?,
         None => VmName::new("unnamed")?,
@@ -278,7 +280,10 @@ fn draft(command: &CreateVmCommand, now: Timestamp) -> Result<(Vm, bool)> {
             },
         },
         delete_protection: command.delete_protection,
-        guest: command.guest.unwrap_or_default(),
+        guest: command.guest.unwrap_or(GuestPolicy {
+            inject,
+            access: true,
+        }),
         tags: command.tags.clone(),
     };
     spec.validate()?;

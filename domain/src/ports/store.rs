@@ -2,6 +2,7 @@
 
 use async_trait::async_trait;
 
+use crate::guest::Lockdown;
 use crate::vm::Vm;
 use crate::{
     ApiKey, Certificate, CredentialId, Image, ImageName, JoinToken, Operation, OperationId, Result,
@@ -37,6 +38,10 @@ pub enum Change {
     DeleteJoinToken(CredentialId),
     /// The boot of the host in which VMs were last autostarted.
     PutBootId(String),
+    /// All ways into guests are closed.
+    PutLockdown(Lockdown),
+    /// They are open again.
+    DeleteLockdown,
 }
 
 /// All that is stored.
@@ -56,6 +61,8 @@ pub struct StoreContents {
     pub join_tokens: Vec<JoinToken>,
     /// See [`Change::PutBootId`].
     pub boot_id: Option<String>,
+    /// See [`Change::PutLockdown`].
+    pub lockdown: Option<Lockdown>,
     /// What was found lost or damaged when the store was opened, for people. Where it is `Some`,
     /// records may be missing, and nothing may be destroyed until libvirt was asked.
     pub damage: Option<String>,

@@ -53,6 +53,7 @@ impl Table {
 }
 
 const BOOT_ID: &[u8] = b"boot_id";
+const LOCKDOWN: &[u8] = b"lockdown";
 const MANIFEST: u8 = 0;
 const UNDO: u8 = 1;
 
@@ -94,6 +95,10 @@ impl Key {
 
     pub(super) fn boot_id() -> Self {
         Self::new(Table::Setting, BOOT_ID)
+    }
+
+    pub(super) fn lockdown() -> Self {
+        Self::new(Table::Setting, LOCKDOWN)
     }
 
     /// Where the manifest lies.

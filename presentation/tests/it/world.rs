@@ -10,10 +10,10 @@ use async_trait::async_trait;
 use ghost_application::{Application, Options, Ports, UseCases};
 use ghost_domain::ports::{
     Accelerator, Clock, ConsoleReader, ConsoleSession, ConsoleWriter, DomainDefinition,
-    DomainSnapshot, DomainStatistics, HostFacts, HostProbe, HostUsage, Hypervisor, HypervisorEvent,
-    HypervisorEvents, HypervisorInfo, IssuedCertificate, LogReader, MockCertificateAuthority,
-    MockImageCache, MockImageCatalogue, MockNetworkProvider, MockStateStore, MockVmStorage,
-    StoreContents, StoreHealth, VmStorageUsage,
+    DomainSnapshot, DomainStatistics, GuestEvent, GuestEvents, HostFacts, HostProbe, HostUsage,
+    Hypervisor, HypervisorEvent, HypervisorEvents, HypervisorInfo, IssuedCertificate, LogReader,
+    MockAuditLog, MockCertificateAuthority, MockGuestLinks, MockImageCache, MockImageCatalogue,
+    MockNetworkProvider, MockStateStore, MockVmStorage, StoreContents, StoreHealth, VmStorageUsage,
 };
 use ghost_domain::vm::{
     CloudInit, DesiredPower, ImageReference, Lifecycle, Observation, ObservationSource,
@@ -187,8 +187,55 @@ fn ports(knobs: &Arc<Knobs>, contents: StoreContents, vm: Vm) -> Ports {
         host: Arc::new(FakeHost(Arc::clone(knobs))),
         store: Arc::new(store(contents)),
         authority: Arc::new(authority()),
+        guests: Arc::new(guests()),
+        audit: Arc::new(audit()),
         clock: Arc::new(RealClock(Instant::now())),
     }
+}
+
+/// No guest is connected, and none says anything.
+fn guests() -> MockGuestLinks {
+    struct Silence;
+
+    #[async_trait]
+    impl GuestEvents for Silence {
+        async fn next(&mut self) -> Option<GuestEvent> {
+            std::future::pending().await
+        }
+    }
+
+    let mut guests = MockGuestLinks::new();
+    guests.expect_attach().returning(|_, _| ());
+    guests.expect_detach().returning(|_, _| ());
+    guests
+        .expect_status()
+        .returning(|_| ghost_domain::guest::GuestLinkStatus::default());
+    guests.expect_subscribe().returning(|| Box::new(Silence));
+    guests.expect_lock_down().returning(|_| 0);
+    guests.expect_cut().returning(|_, _| 0);
+    guests.expect_program().returning(|| None);
+    guests
+}
+
+fn audit() -> MockAuditLog {
+    let mut audit = MockAuditLog::new();
+    audit.expect_append().returning(|record| {
+        Ok(ghost_domain::guest::AuditEntry {
+            sequence: 1,
+            at: Timestamp::default(),
+            record,
+            hash: [0; 32],
+        })
+    });
+    audit.expect_list().returning(|_, _, _| Ok(Vec::new()));
+    audit.expect_verify().returning(|| {
+        Ok(ghost_domain::guest::AuditVerdict {
+            entries: 0,
+            broken: None,
+            head: [0; 32],
+        })
+    });
+    audit
 }
 
 struct RealClock(Instant);

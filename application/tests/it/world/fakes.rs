@@ -666,6 +666,8 @@ impl StateStore for Fake {
                 Change::PutJoinToken(one) => put(&mut store.join_tokens, one, |one| one.id),
                 Change::DeleteJoinToken(id) => store.join_tokens.retain(|one| one.id != id),
                 Change::PutBootId(boot_id) => store.boot_id = Some(boot_id),
+                Change::PutLockdown(lockdown) => store.lockdown = Some(lockdown),
+                Change::DeleteLockdown => store.lockdown = None,
             }
         }
         Ok(())

@@ -1,6 +1,7 @@
 //! The world outside: everything that survives when the agent dies.
 
 mod fakes;
+mod guests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -22,6 +23,7 @@ use parking_lot::Mutex;
 use tokio::sync::broadcast;
 
 pub(crate) use fakes::FakeClock;
+pub(crate) use guests::Guests;
 
 /// How a guest behaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +74,7 @@ pub(crate) struct World {
     pub(crate) events: broadcast::Sender<ghost_domain::ports::HypervisorEvent>,
     pub(crate) clock: Arc<FakeClock>,
     pub(crate) hold_pull: Arc<AtomicBool>,
+    pub(crate) guests: Guests,
     /// Pulls and imports wait between publishing their file and answering.
     pub(crate) hold_published: Arc<AtomicBool>,
 }
@@ -146,6 +149,7 @@ impl World {
             events: broadcast::Sender::new(1024),
             clock,
             hold_pull: Arc::new(AtomicBool::new(false)),
+            guests: Guests::new(),
             hold_published: Arc::new(AtomicBool::new(false)),
         }
     }
@@ -163,7 +167,9 @@ impl World {
             networks: fake.clone(),
             host: fake.clone(),
             store: fake.clone(),
-            authority: fake,
+            authority: fake.clone(),
+            guests: Arc::new(self.guests.clone()),
+            audit: Arc::new(self.guests.clone()),
             clock: self.clock.clone(),
         }
     }
@@ -180,6 +186,7 @@ impl World {
                 disk: ByteSize::from_gib(10),
             },
             overcommit: Overcommit::default(),
+            guest: self.guests.options(),
             failpoints,
         };
         let application = Arc::new(Application::start(self.ports(), options).await.unwrap());

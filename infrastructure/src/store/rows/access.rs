@@ -1,5 +1,7 @@
-//! The stored forms of credentials. Secrets are never among them, only their hashes.
+//! The stored forms of credentials and of a lockdown. Secrets are never among them, only their
+//! hashes.
 
+use ghost_domain::guest::Lockdown;
 use ghost_domain::{ApiKey, Certificate, CredentialId, JoinToken, Result, Role, Timestamp};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -45,6 +47,44 @@ pub(super) struct JoinTokenRow {
     role: RoleRow,
     created_at: i64,
     expires_at: i64,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct LockdownRow {
+    reason: String,
+    set_by: String,
+    since: i64,
+}
+
+impl From<&Lockdown> for LockdownRow {
+    fn from(lockdown: &Lockdown) -> Self {
+        let Lockdown {
+            reason,
+            set_by,
+            since,
+        } = lockdown;
+        Self {
+            reason: reason.clone(),
+            set_by: set_by.clone(),
+            since: since.unix_millis(),
+        }
+    }
+}
+
+impl TryFromRow<LockdownRow> for Lockdown {
+    fn try_from_row(row: LockdownRow) -> Result<Self> {
+        let LockdownRow {
+            reason,
+            set_by,
+            since,
+        } = row;
+        Ok(Self {
+            reason,
+            set_by,
+            since: Timestamp::from_unix_millis(since),
+        })
+    }
 }
 
 impl From<Role> for RoleRow {

@@ -58,6 +58,8 @@ pub(super) fn encode_change(change: &Change) -> Result<Write> {
         C::PutJoinToken(row) => put(Key::join_token(row.id), &access::JoinTokenRow::from(row))?,
         C::DeleteJoinToken(id) => (Key::join_token(*id), None),
         C::PutBootId(boot_id) => put(Key::boot_id(), boot_id)?,
+        C::PutLockdown(row) => put(Key::lockdown(), &access::LockdownRow::from(row))?,
+        C::DeleteLockdown => (Key::lockdown(), None),
     })
 }
 
@@ -105,6 +107,9 @@ pub(super) fn decode_into(
             }
             Some(Table::Setting) if *key == Key::boot_id() => {
                 from_cbor::<String, String>(row).map(|boot_id| contents.boot_id = Some(boot_id))
+            }
+            Some(Table::Setting) if *key == Key::lockdown() => {
+                from_cbor::<access::LockdownRow, _>(row).map(|row| contents.lockdown = Some(row))
             }
             Some(Table::System | Table::Setting) | None => {
                 Err("this version knows no such record".into())

@@ -445,6 +445,17 @@ proptest! {
         prop_assert_eq!(contents.boot_id, Some(boot_id));
     }
 
+    #[test]
+    fn a_lockdown_round_trips(reason in text(), set_by in text(), since in any::<i64>()) {
+        let lockdown = ghost_domain::guest::Lockdown {
+            reason,
+            set_by,
+            since: Timestamp::from_unix_millis(since),
+        };
+        let contents = through_bytes(&Change::PutLockdown(lockdown.clone()));
+        prop_assert_eq!(contents.lockdown, Some(lockdown));
+    }
+
     /// Bytes that are no record of ours are an error, whatever they are.
     #[test]
     fn garbage_is_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
 use super::samples::{
-    Model, api_key, bulky_vm, certificate, credential_id, image, join_token, operation,
+    Model, api_key, bulky_vm, certificate, credential_id, image, join_token, lockdown, operation,
     operation_id, put_vm, vm_id,
 };
 use super::{on_both_engines, reopen, run, scratch};
@@ -40,6 +40,8 @@ fn change() -> impl Strategy<Value = Change> {
         1 => number.clone().prop_map(|number| Change::DeleteApiKey(credential_id(number))),
         1 => number.clone().prop_map(|number| Change::PutJoinToken(join_token(number))),
         1 => number.clone().prop_map(|number| Change::DeleteJoinToken(credential_id(number))),
+        1 => number.clone().prop_map(|number| Change::PutLockdown(lockdown(number))),
+        1 => Just(Change::DeleteLockdown),
         1 => number.prop_map(|number| Change::PutBootId(format!("boot {number}"))),
     ]
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use ghost_domain::guest::Lockdown;
 use ghost_domain::ports::{Change, StoreContents};
 use ghost_domain::vm::{
     Autostart, CloudInit, DesiredPower, ImageReference, Lifecycle, NetworkInterface, RestartPolicy,
@@ -175,6 +176,14 @@ pub(super) fn join_token(number: u64) -> JoinToken {
     }
 }
 
+pub(super) fn lockdown(number: u64) -> Lockdown {
+    Lockdown {
+        reason: format!("reason {number}"),
+        set_by: "uid 0".into(),
+        since: Timestamp::from_unix_millis(1_700_000_000_000 + i64::try_from(number).unwrap()),
+    }
+}
+
 /// One record of every kind.
 pub(super) fn one_of_every_kind() -> Vec<Change> {
     vec![
@@ -198,6 +207,7 @@ pub(super) struct Model {
     api_keys: BTreeMap<CredentialId, ApiKey>,
     join_tokens: BTreeMap<CredentialId, JoinToken>,
     boot_id: Option<String>,
+    lockdown: Option<Lockdown>,
 }
 
 impl Model {
@@ -223,6 +233,8 @@ impl Model {
                 Change::PutJoinToken(row) => drop(self.join_tokens.insert(row.id, row)),
                 Change::DeleteJoinToken(id) => drop(self.join_tokens.remove(&id)),
                 Change::PutBootId(boot_id) => self.boot_id = Some(boot_id),
+                Change::PutLockdown(lockdown) => self.lockdown = Some(lockdown),
+                Change::DeleteLockdown => self.lockdown = None,
             }
         }
     }
@@ -237,6 +249,7 @@ impl Model {
             api_keys: self.api_keys.values().cloned().collect(),
             join_tokens: self.join_tokens.values().cloned().collect(),
             boot_id: self.boot_id.clone(),
+            lockdown: self.lockdown.clone(),
             damage: None,
         }
     }

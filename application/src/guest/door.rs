@@ -1,0 +1,302 @@
+//! The one way into guests: who may, whether it is open, and the line in the audit log.
+
+use std::sync::Arc;
+
+use ghost_domain::guest::{AuditRecord, GuestLinkStatus};
+use ghost_domain::ports::AuditLog;
+use ghost_domain::vm::ObservedPower;
+use ghost_domain::{Error, ErrorCode, Monotonic, Principal, Result, Role, VmId};
+use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
+
+use super::GuestTarget;
+use super::detail::{MAX_DETAIL, escape};
+use crate::application::Ports;
+use crate::registry::{Model, Registry, VmEntry};
+
+/// See the module's documentation.
+pub(crate) struct Door {
+    pub(crate) registry: Arc<Registry>,
+    pub(crate) ports: Ports,
+    /// Whether the host's configuration lets anybody in.
+    pub(crate) access: bool,
+    /// Visits and the audit lines that are still to be written.
+    pub(crate) tasks: TaskTracker,
+}
+
+/// A call that has been let in, or turned away with a line about it. Its end is written whatever
+/// becomes of it: by [`Visit::end`], or when it is dropped.
+pub(crate) struct Visit {
+    pub(crate) vm: VmId,
+    door: Arc<Door>,
+    record: AuditRecord,
+    began: Monotonic,
+    ended: bool,
+    _open: TaskTrackerToken,
+}
+
+impl Door {
+    /// Lets a call in: checks all that must hold and writes the line that says it begins.
+    ///
+    /// # Errors
+    /// `PermissionDenied`, `VmNotFound`, `VmAmbiguous`, `GuestAccessOff`, `Lockdown`,
+    /// `VmNotRunning`, `GuestUnreachable`, in this order; and those of the audit log: what cannot
+    /// be logged does not happen.
+    pub(crate) async fn enter(
+        self: &Arc<Self>,
+        principal: &Principal,
+        target: &GuestTarget,
+        action: &'static str,
+        detail: String,
+    ) -> Result<Visit> {
+        let found = self.registry.read(|model| {
+            model
+                .find_vm(&target.vm)
+                .map(|entry| (entry.vm.id, entry.vm.name.to_string()))
+        });
+        let mut record = AuditRecord {
+            principal: escape(&principal.name, 256),
+            action: action.to_owned(),
+            detail: escape(&detail, MAX_DETAIL),
+            request_id: escape(&target.request_id, 128),
+            ..AuditRecord::default()
+        };
+        match &found {
+            Ok((id, name)) => {
+                record.vm_id = id.to_string();
+                record.vm_name.clone_from(name);
+            }
+            // What the caller called it, for whoever looks for attempts.
+            Err(_) => record.vm_name = escape(&target.vm, 128),
+        }
+        let checked = match (principal.require(Role::Operator), found) {
+            (Err(error), _) | (Ok(()), Err(error)) => Err(error),
+            (Ok(()), Ok((id, _))) => self.check(id).map(|()| id),
+        };
+        let vm = match checked {
+            Ok(vm) => vm,
+            Err(error) => {
+                let outcome = match error.code() {
+                    ErrorCode::PermissionDenied
+                    | ErrorCode::GuestAccessOff
+                    | ErrorCode::Lockdown => format!("denied: {}", error.code()),
+                    code => format!("failed: {code}"),
+                };
+                self.write_later(AuditRecord { outcome, ..record });
+                return Err(error);
+            }
+        };
+        let began = self.registry.clock().monotonic();
+        self.write(AuditRecord {
+            outcome: "begun".into(),
+            ..record.clone()
+        })
+        .await?;
+        let visit = Visit {
+            vm,
+            door: Arc::clone(self),
+            record,
+            began,
+            ended: false,
+            _open: self.tasks.token(),
+        };
+        // The policy may have changed while the line was written: then nothing has entered yet.
+        match self.check_policy(vm) {
+            Ok(()) => Ok(visit),
+            Err(error) => Err(visit.fail(error)),
+        }
+    }
+
+    /// All that a call into a guest needs besides the caller's role.
+    fn check(&self, vm: VmId) -> Result<()> {
+        self.check_policy(vm)?;
+        self.registry.read(|model| check_power(model, vm))?;
+        let name = self
+            .registry
+            .read(|model| model.vm(vm).map(|entry| entry.vm.name.to_string()))?;
+        check_link(&self.ports.guests.status(vm), &name)
+    }
+
+    /// The owner's decisions: the configuration's, the VM's, and a lockdown.
+    pub(crate) fn check_policy(&self, vm: VmId) -> Result<()> {
+        self.registry.read(|model| {
+            let entry = model.vm(vm)?;
+            check_access(entry, self.access)?;
+            match &model.lockdown {
+                None => Ok(()),
+                Some(lockdown) => Err(Error::new(
+                    ErrorCode::Lockdown,
+                    "all ways into guests are closed",
+                )
+                .because(format!("{} did it: {}", lockdown.set_by, lockdown.reason))
+                .hint("an admin opens them again: ghostctl lockdown --lift")),
+            }
+        })
+    }
+
+    pub(super) async fn write(&self, record: AuditRecord) -> Result<()> {
+        match self.ports.audit.append(record).await {
+            Ok(_) => Ok(()),
+            Err(error) => Err(Error::new(
+                error.code(),
+                "the audit log cannot be written, and what it does not hold is not done",
+            )
+            .because(&error)
+            .hint("make room where the agent keeps its state; ghostctl status tells more")),
+        }
+    }
+
+    /// Writes a line without holding up the caller.
+    pub(super) fn write_later(&self, record: AuditRecord) {
+        write_later(&self.tasks, &self.ports.audit, record);
+    }
+}
+
+fn write_later(tasks: &TaskTracker, audit: &Arc<dyn AuditLog>, record: AuditRecord) {
+    let audit = Arc::clone(audit);
+    let Ok(runtime) = tokio::runtime::Handle::try_current() else {
+        tracing::error!(?record, "an audit line is lost: the agent has ended");
+        return;
+    };
+    tasks.spawn_on(
+        async move {
+            if let Err(error) = audit.append(record.clone()).await {
+                tracing::error!(%error, ?record, "the audit log cannot be written");
+            }
+        },
+        &runtime,
+    );
+}
+
+impl Visit {
+    /// What the call did, as the link answered; for calls that are over with it.
+    pub(crate) fn settle<T>(self, outcome: Result<T>) -> Result<T> {
+        match outcome {
+            Ok(value) => {
+                self.end("ok".into(), 0, 0);
+                Ok(value)
+            }
+            Err(error) => Err(self.fail(error)),
+        }
+    }
+
+    /// For calls that go on: refuses where the policy changed while the link was asked.
+    pub(crate) fn recheck(&self) -> Result<()> {
+        self.door.check_policy(self.vm)
+    }
+
+    /// Writes that the call failed.
+    pub(crate) fn fail(self, error: Error) -> Error {
+        let outcome = failed(&error);
+        self.end(outcome, 0, 0);
+        error
+    }
+
+    /// Writes how the call ended.
+    pub(crate) fn end(mut self, outcome: String, bytes_in: u64, bytes_out: u64) {
+        self.close(outcome, bytes_in, bytes_out);
+    }
+
+    /// As [`Visit::end`]; only the first call counts.
+    pub(crate) fn close(&mut self, outcome: String, bytes_in: u64, bytes_out: u64) {
+        if std::mem::replace(&mut self.ended, true) {
+            return;
+        }
+        let now = self.door.registry.clock().monotonic();
+        self.door.write_later(AuditRecord {
+            outcome,
+            bytes_in,
+            bytes_out,
+            duration: Some(now.since(self.began)),
+            ..std::mem::take(&mut self.record)
+        });
+    }
+}
+
+impl Drop for Visit {
+    fn drop(&mut self) {
+        // The caller went away in the middle.
+        self.close("cancelled".into(), 0, 0);
+    }
+}
+
+/// The outcome of a line for a call that failed.
+pub(super) fn failed(error: &Error) -> String {
+    match error.code() {
+        ErrorCode::PermissionDenied | ErrorCode::GuestAccessOff | ErrorCode::Lockdown => {
+            format!("denied: {}", error.code())
+        }
+        code => format!("failed: {code}"),
+    }
+}
+
+pub(super) fn check_access(entry: &VmEntry, host: bool) -> Result<()> {
+    let name = &entry.vm.name;
+    if !host {
+        return Err(Error::new(
+            ErrorCode::GuestAccessOff,
+            "guests of this host may not be entered",
+        )
+        .because("guest.access is false in the agent's configuration")
+        .hint("the host's owner decides: guest.access in /etc/ghost/agent.yaml"));
+    }
+    if !entry.vm.spec.guest.access {
+        return Err(Error::new(
+            ErrorCode::GuestAccessOff,
+            format!("guest access of {name} is off"),
+        )
+        .hint(format!(
+            "switch it on: ghostctl vm update {name} --guest-access on"
+        )));
+    }
+    Ok(())
+}
+
+pub(super) fn check_power(model: &Model, vm: VmId) -> Result<()> {
+    let entry = model.vm(vm)?;
+    let name = &entry.vm.name;
+    let not = |what: &str, verb: &str| {
+        Err(
+            Error::new(ErrorCode::VmNotRunning, format!("{name} is {what}"))
+                .hint(format!("ghostctl vm {verb} {name}")),
+        )
+    };
+    match entry.observation.as_ref().map(|seen| seen.power) {
+        Some(ObservedPower::Running | ObservedPower::ShuttingDown) => Ok(()),
+        Some(ObservedPower::Paused) => not("paused", "resume"),
+        Some(ObservedPower::Off | ObservedPower::Crashed | ObservedPower::Absent) => {
+            not("not running", "start")
+        }
+        // Nobody has seen it yet: the link will say.
+        None => Ok(()),
+    }
+}
+
+pub(super) fn check_link(status: &GuestLinkStatus, name: &str) -> Result<()> {
+    let hint = format!("see each layer: ghostctl guest status {name}");
+    let unreachable = |cause: String| {
+        Err(Error::new(
+            ErrorCode::GuestUnreachable,
+            format!("the agent in {name} cannot be reached"),
+        )
+        .because(cause)
+        .hint(hint.clone()))
+    };
+    if status.held_off_until.is_some() {
+        return unreachable("it broke the protocol and is held off for a while".into());
+    }
+    if !status.channel {
+        return unreachable(match &status.channel_error {
+            Some(error) => format!("its channel cannot be opened: {}", escape(error, 256)),
+            None => "its channel is not open".into(),
+        });
+    }
+    match &status.hello {
+        None => unreachable("it has not greeted: the guest still boots, or has no agent".into()),
+        Some(hello) if hello.protocol_version == 0 => unreachable(format!(
+            "there is no common protocol version with its agent {}",
+            escape(&hello.agent_version, 64)
+        )),
+        Some(_) => Ok(()),
+    }
+}
