@@ -1,8 +1,11 @@
 //! A VM's life, on a real guest.
 
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 use std::time::Duration;
 
-use ghost_e2e::agent::Builder;
+use ghost_e2e::agent::{Agent, Builder};
 use ghost_e2e::guest::{self, BOOT, libvirt_state, qemu_pid};
 use serde_json::Value;
 
@@ -286,5 +289,49 @@ fn an_unanswered_power_button_is_not_a_power_cut() {
     ctl.ok(&["vm", "stop", &deaf, "--timeout", "1s", "--force"]);
     assert_eq!(qemu_pid(&vm), None);
     ctl.ok(&["vm", "delete", &deaf]);
+    agent.audit();
+}
+
+/// Owner, group and mode of every image in the cache.
+fn owners(agent: &Agent) -> Vec<(PathBuf, u32, u32, u32)> {
+    let mut found: Vec<_> = fs::read_dir(agent.data_dir().join("images"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|kind| kind == "qcow2"))
+        .map(|path| {
+            let metadata = fs::metadata(&path).unwrap();
+            (path, metadata.uid(), metadata.gid(), metadata.mode())
+        })
+        .collect();
+    found.sort();
+    found
+}
+
+/// A base image is shared: were it given to QEMU's user, as libvirt's DAC driver does with what it
+/// takes for a VM's own, a guest that breaks out could write into every other VM's disk.
+#[test]
+fn a_base_image_stays_ours_while_guests_run_on_it() {
+    let _room = guest::room(1);
+    let agent = Builder::new().start();
+    agent.import_tiny();
+    let before = owners(&agent);
+    assert_eq!(before.len(), 1);
+    assert_eq!(before[0].3 & 0o777, 0o644, "read by all, written by us");
+    let web = agent.name("web");
+    launch(&agent, &web);
+    let vm = id(&agent, &web);
+    let qemu = qemu_pid(&vm).unwrap();
+    let runs_as = fs::metadata(format!("/proc/{qemu}")).unwrap().uid();
+    assert_eq!(owners(&agent), before, "while QEMU runs as user {runs_as}");
+    // Its own disk is QEMU's, and it does boot from the image that is not.
+    let disk = fs::metadata(agent.data_dir().join("vms").join(&vm).join("disk.qcow2")).unwrap();
+    assert_eq!(disk.uid(), runs_as, "the VM's own disk");
+    wait_ready(&agent, &web);
+    agent.ctl().ok(&["vm", "restart", &web, "--force"]);
+    assert_eq!(owners(&agent), before, "after a restart");
+    agent.ctl().ok(&["vm", "stop", &web, "--force"]);
+    assert_eq!(owners(&agent), before, "once it is off");
+    agent.ctl().ok(&["vm", "delete", &web]);
+    assert_eq!(owners(&agent), before, "once it is gone");
     agent.audit();
 }

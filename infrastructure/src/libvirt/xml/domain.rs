@@ -77,10 +77,21 @@ pub(crate) fn domain_xml(
     let (base, base_format) = &definition.base_image;
     // The chain is spelled out and closed by an empty element: libvirt probes nothing (a guest
     // could have written a header that points at a file of the host).
+    // libvirt gives every file of the chain to QEMU's user when the VM starts, and leaves backing
+    // files there. This one is shared: a guest that breaks out of one QEMU could write into the
+    // disks of all others. QEMU only reads it, which its mode allows to everybody.
+    // https://libvirt.org/formatdomain.html#security-label
+    let keep_owner = Element::new("seclabel")
+        .with("model", "dac")
+        .with("relabel", "no");
     let backing = Element::new("backingStore")
         .with("type", "file")
         .child(Element::new("format").with("type", base_format.as_str()))
-        .child(Element::new("source").with("file", path(base)?))
+        .child(
+            Element::new("source")
+                .with("file", path(base)?)
+                .child(keep_owner),
+        )
         .child(Element::new("backingStore"));
     let disk = Element::new("disk")
         .with("type", "file")

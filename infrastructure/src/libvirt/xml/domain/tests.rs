@@ -133,6 +133,24 @@ fn every_disk_has_an_explicit_format_and_a_closed_chain() {
 }
 
 #[test]
+fn only_the_shared_image_keeps_its_owner() {
+    let root = rendered(&definition());
+    let mut kept = Vec::new();
+    for disk in root.find("devices").unwrap().all("disk") {
+        let mut layer = disk;
+        while let Some(source) = layer.find("source") {
+            if let Some(label) = source.find("seclabel") {
+                assert_eq!(label.attribute("model"), Some("dac"));
+                assert_eq!(label.attribute("relabel"), Some("no"));
+                kept.push(source.attribute("file").unwrap());
+            }
+            layer = layer.find("backingStore").expect("a closed chain");
+        }
+    }
+    assert_eq!(kept, [definition().base_image.0.to_str().unwrap()]);
+}
+
+#[test]
 fn nothing_of_cloud_init_is_in_the_document() {
     let xml = rendered(&definition()).to_xml().unwrap();
     assert!(!xml.contains("secret") && !xml.contains("user_data"));
@@ -340,4 +358,4 @@ proptest! {
 }
 
 /// Elements of a domain without interfaces, tags and autostart.
-const FIXED_ELEMENTS: usize = 60;
+const FIXED_ELEMENTS: usize = 61;
