@@ -180,8 +180,8 @@ fn folders(evidence: &Evidence, report: Report<'_>) {
         let expected = deeper.is_none()
             && match file.kind {
                 FileKind::Regular => belongs_to_a_vm(name),
-                // QEMU's socket stays where QEMU was killed; the next start replaces it.
-                FileKind::Socket => name == "console.sock",
+                // QEMU's sockets stay where QEMU was killed; the next start replaces them.
+                FileKind::Socket => matches!(name, "console.sock" | "guest.sock"),
                 FileKind::Folder | FileKind::Other => false,
             };
         if !expected {

@@ -76,6 +76,7 @@ fn sound() -> Evidence {
             file(&format!("{folder}/console.log"), FileKind::Regular),
             file(&format!("{folder}/console.log.0"), FileKind::Regular),
             file(&format!("{folder}/console.sock"), FileKind::Socket),
+            file(&format!("{folder}/guest.sock"), FileKind::Socket),
             file("images/aa.qcow2", FileKind::Regular),
             file("images/aa.json", FileKind::Regular),
             file("images/staging", FileKind::Folder),
@@ -96,6 +97,7 @@ fn sound() -> Evidence {
         sockets: vec![
             data_dir.join("agent.sock"),
             data_dir.join(format!("vms/{VM}/console.sock")),
+            data_dir.join(format!("vms/{VM}/guest.sock")),
         ],
         locks: vec![
             (data_dir.join("state/lock"), "ghost-agent".into()),
