@@ -1,6 +1,7 @@
 //! Adapters of the ports in `ghost_domain::ports`, one module for each part of the outside world.
 
 pub mod clock;
+pub mod guest_link;
 pub mod host;
 pub mod identity;
 pub mod images;

@@ -1,0 +1,220 @@
+//! The link to one VM: connecting to the socket at which QEMU listens, again and again, and what of
+//! it outlives a connection.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use ghost_domain::guest::GuestLinkStatus;
+use ghost_domain::ports::GuestEvent;
+use ghost_domain::{Error, Result, VmId};
+use parking_lot::Mutex;
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::Shared;
+use super::connection::{Connection, Ended};
+use super::pace::Bucket;
+use super::session::{Session, unreachable};
+
+/// QEMU accepts at once, or it hangs.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
+/// A guest that behaved for so long has paid for what it did.
+const FORGIVEN_AFTER: Duration = Duration::from_secs(600);
+
+#[derive(Debug)]
+pub(super) struct Link {
+    pub(super) vm: VmId,
+    pub(super) shared: Arc<Shared>,
+    pub(super) stop: CancellationToken,
+    /// What is known besides the session.
+    pub(super) status: Mutex<GuestLinkStatus>,
+    /// The agent that greeted, while it is there.
+    pub(super) session: watch::Sender<Option<Arc<Session>>>,
+    pub(super) memory: Mutex<Memory>,
+}
+
+/// What is remembered of a guest from one connection to the next.
+#[derive(Debug)]
+pub(super) struct Memory {
+    pub(super) boot_id: Option<String>,
+    /// New lives of the agent or the guest that are believed.
+    pub(super) restarts: Bucket,
+}
+
+impl Link {
+    pub(super) fn new(vm: VmId, shared: Arc<Shared>) -> Self {
+        Self {
+            vm,
+            shared,
+            stop: CancellationToken::new(),
+            status: Mutex::default(),
+            session: watch::Sender::new(None),
+            memory: Mutex::new(Memory {
+                boot_id: None,
+                restarts: Bucket::new(8.0, 0.2),
+            }),
+        }
+    }
+
+    /// The session that runs.
+    ///
+    /// # Errors
+    /// `GuestUnreachable` with what is missing.
+    pub(super) fn session(&self) -> Result<Arc<Session>> {
+        match &*self.session.borrow() {
+            Some(session) => Ok(Arc::clone(session)),
+            None => Err(self.unreachable()),
+        }
+    }
+
+    fn unreachable(&self) -> Error {
+        let status = self.status.lock();
+        if let Some(until) = status.held_off_until {
+            let wait = until.since(self.shared.clock.monotonic());
+            return unreachable("it broke the rules of the protocol and is held off")
+                .retry_after(wait);
+        }
+        if !status.channel {
+            return unreachable(match &status.channel_error {
+                Some(error) => error,
+                None => "its channel was not connected yet",
+            });
+        }
+        if status.silent_since.is_some() {
+            return unreachable("the guest is silent: it is paused, hangs, or its agent is stuck");
+        }
+        unreachable("no agent has said hello: it is not installed, or the guest still boots").hint(
+            "wait for it: ghostctl vm wait NAME --for agent; and see: ghostctl guest status NAME",
+        )
+    }
+
+    /// Ends the session, where there is one, and tells.
+    pub(super) fn end_session(&self, reason: &str) {
+        let Some(session) = self.session.send_replace(None) else {
+            return;
+        };
+        let calls = session.lose(&unreachable(reason));
+        tracing::info!(vm_id = %self.vm, reason, calls, "the guest's agent is gone");
+        self.shared.events.tell(&GuestEvent::Disconnected {
+            vm: self.vm,
+            reason: reason.to_owned(),
+        });
+    }
+
+    /// Keeps the link until it is stopped.
+    pub(super) async fn run(self: Arc<Self>, socket: PathBuf) {
+        let limits = &self.shared.limits;
+        let mut pause = limits.reconnect.0;
+        let mut hold_off = limits.hold_off.0;
+        let mut held_off_at: Option<Instant> = None;
+        loop {
+            let connected = tokio::select! {
+                () = self.stop.cancelled() => break,
+                connected = connect(&socket) => connected,
+            };
+            let wait = match connected {
+                Err(cause) => {
+                    {
+                        let mut status = self.status.lock();
+                        status.channel = false;
+                        status.channel_error = Some(cause);
+                    }
+                    let wait = pause;
+                    pause = (pause * 2).min(limits.reconnect.1);
+                    wait
+                }
+                Ok(stream) => {
+                    {
+                        let mut status = self.status.lock();
+                        status.channel = true;
+                        status.channel_error = None;
+                        status.violations = 0;
+                    }
+                    let mut connection = Connection::new(Arc::clone(&self), stream);
+                    let ended = tokio::select! {
+                        () = self.stop.cancelled() => break,
+                        ended = connection.run() => ended,
+                    };
+                    if connection.has_greeted() {
+                        pause = limits.reconnect.0;
+                    }
+                    drop(connection);
+                    match ended {
+                        Ended::Lost(cause) => {
+                            self.disconnected(&cause);
+                            let wait = pause;
+                            pause = (pause * 2).min(limits.reconnect.1);
+                            wait
+                        }
+                        Ended::Misbehaved(detail) => {
+                            self.disconnected("it broke the rules of the protocol");
+                            if held_off_at.is_some_and(|at| at.elapsed() > FORGIVEN_AFTER) {
+                                hold_off = limits.hold_off.0;
+                            }
+                            let wait = hold_off;
+                            hold_off = (hold_off * 2).min(limits.hold_off.1);
+                            held_off_at = Some(Instant::now() + wait);
+                            self.hold_off(wait, &detail);
+                            wait
+                        }
+                    }
+                }
+            };
+            tokio::select! {
+                () = self.stop.cancelled() => break,
+                () = tokio::time::sleep(wait) => {}
+            }
+            self.status.lock().held_off_until = None;
+        }
+    }
+
+    fn disconnected(&self, cause: &str) {
+        {
+            let mut status = self.status.lock();
+            status.channel = false;
+            status.channel_error = Some(cause.to_owned());
+            status.silent_since = None;
+        }
+        self.end_session(cause);
+    }
+
+    fn hold_off(&self, wait: Duration, detail: &str) {
+        let until = self.shared.clock.monotonic().after(wait);
+        self.status.lock().held_off_until = Some(until);
+        tracing::warn!(vm_id = %self.vm, detail, seconds = wait.as_secs(), "the guest breaks the rules of the protocol and is held off");
+        self.shared.events.tell(&GuestEvent::Misbehaved {
+            vm: self.vm,
+            detail: detail.to_owned(),
+        });
+    }
+
+    /// Stops it; takes effect before it returns.
+    pub(super) fn stop(&self, reason: &str) {
+        self.stop.cancel();
+        self.end_session(reason);
+    }
+}
+
+/// Connects, to a socket and to nothing that a link leads to.
+async fn connect(path: &Path) -> Result<UnixStream, String> {
+    use std::os::unix::fs::FileTypeExt;
+    match tokio::fs::symlink_metadata(path).await {
+        Ok(metadata) if metadata.file_type().is_socket() => {}
+        Ok(_) => return Err("what lies in the place of its socket is none".to_owned()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Err(
+                "its socket is not there: the VM has no channel for an agent, or does not run"
+                    .to_owned(),
+            );
+        }
+        Err(error) => return Err(format!("its socket cannot be looked at: {error}")),
+    }
+    match tokio::time::timeout(CONNECT_PATIENCE, UnixStream::connect(path)).await {
+        Ok(Ok(stream)) => Ok(stream),
+        Ok(Err(error)) => Err(format!("its socket takes no connection: {error}")),
+        Err(_) => Err("its socket does not answer".to_owned()),
+    }
+}
