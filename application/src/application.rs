@@ -245,10 +245,14 @@ impl Application {
             access: options.guest.access,
             tasks: TaskTracker::new(),
         });
+        let stop = CancellationToken::new();
         let supervisor = Supervisor {
             registry: Arc::clone(&registry),
             ports: ports.clone(),
             engine: Arc::clone(&engine),
+            door: Arc::clone(&door),
+            guest: options.guest.clone(),
+            stop: stop.clone(),
         };
         let use_cases = Arc::new(use_cases(
             &registry,
@@ -257,7 +261,7 @@ impl Application {
             &ports,
             (options.guest.inject, started),
         ));
-        let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
+        let tasks = TaskTracker::new();
         supervisor.spawn(&tasks, &stop);
         // Whoever calls at once should not meet states that are unknown for half a second more.
         // Where libvirt is away the agent serves without it.
@@ -287,6 +291,7 @@ impl Application {
     /// `StoreUnavailable` where the last state could not be flushed.
     pub async fn drain(&self, patience: Duration) -> Result<()> {
         self.engine.drain(patience).await;
+        self.leave_guests().await;
         self.stop.cancel();
         self.tasks.close();
         if tokio::time::timeout(Duration::from_secs(5), self.tasks.wait())
@@ -296,6 +301,28 @@ impl Application {
             tracing::warn!("supervision did not end in time");
         }
         self.store.close().await
+    }
+
+    /// Ends what still goes on in guests, so that the audit log has its end too.
+    async fn leave_guests(&self) {
+        let ids: Vec<_> = self
+            .door
+            .registry
+            .read(|model| model.vms.keys().copied().collect());
+        for id in ids {
+            self.door
+                .ports
+                .guests
+                .cut(id, "the agent on the host is shutting down");
+        }
+        self.stop.cancel();
+        self.door.tasks.close();
+        let written = tokio::time::timeout(Duration::from_secs(3), self.door.tasks.wait());
+        if written.await.is_err() {
+            tracing::warn!(
+                "calls into guests did not end in time; their ends are not in the audit log"
+            );
+        }
     }
 }
 

@@ -121,6 +121,7 @@ impl Door {
     pub(crate) fn check_policy(&self, vm: VmId) -> Result<()> {
         self.registry.read(|model| {
             let entry = model.vm(vm)?;
+            model.check_accepting()?;
             check_access(entry, self.access)?;
             match &model.lockdown {
                 None => Ok(()),

@@ -58,8 +58,11 @@ pub struct GuestOptions {
     pub access: bool,
     /// Replace guests' agents that differ from the host's program.
     pub update: bool,
-    /// How often guests report; the host's own sampling goes along.
+    /// How often guests report. One from whom three reports in a row are missing is silent.
     pub telemetry_interval: Duration,
+    /// How often the host's counters of VMs are read while a guest is silent; half as often
+    /// where all speak for themselves, and not at all while no VM runs.
+    pub counters_interval: Duration,
 }
 
 impl Default for GuestOptions {
@@ -69,6 +72,7 @@ impl Default for GuestOptions {
             access: true,
             update: true,
             telemetry_interval: Duration::from_secs(5),
+            counters_interval: Duration::from_secs(5),
         }
     }
 }

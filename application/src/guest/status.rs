@@ -75,7 +75,7 @@ impl GetGuestStatus {
                 domain(model, entry),
                 access(model, entry, door.access),
                 channel(entry, &status),
-                agent(entry, &status),
+                agent(entry, &status, now),
                 version(entry, &status, outdated),
                 telemetry(entry, now),
             ];
@@ -174,7 +174,7 @@ fn channel(entry: &VmEntry, status: &GuestLinkStatus) -> GuestLayer {
     )
 }
 
-fn agent(entry: &VmEntry, status: &GuestLinkStatus) -> GuestLayer {
+fn agent(entry: &VmEntry, status: &GuestLinkStatus, now: ghost_domain::Monotonic) -> GuestLayer {
     let name = &entry.vm.name;
     if status.held_off_until.is_some() {
         return bad(
@@ -184,6 +184,13 @@ fn agent(entry: &VmEntry, status: &GuestLinkStatus) -> GuestLayer {
                 status.violations
             ),
             format!("look at the guest on its console: ghostctl vm console {name}"),
+        );
+    }
+    if let Some(since) = status.silent_since {
+        return bad(
+            "agent",
+            format!("connected, but silent for {} s", now.since(since).as_secs()),
+            format!("the guest hangs, is busy or paused: ghostctl vm console {name}"),
         );
     }
     match &status.hello {

@@ -1,20 +1,18 @@
 //! What is known of the inside of a VM; all of it the guest's word, and none of it durable.
 
-use std::collections::BTreeMap;
+use std::collections::VecDeque;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use ghost_domain::guest::{GuestCloudInit, GuestHello, GuestTelemetry};
 use ghost_domain::ports::DomainStatistics;
+use ghost_domain::vm::Observation;
 use ghost_domain::{MacAddress, Monotonic, Timestamp};
 
 use super::history::History;
 use super::model::VmEntry;
 use super::views::{AddressSource, AddressView};
-
-/// How long after its last report a guest counts as silent: three reports of five seconds.
-pub(crate) const SILENT_AFTER: Duration = Duration::from_secs(16);
 
 /// See the module's documentation.
 #[derive(Default)]
@@ -29,6 +27,8 @@ pub(crate) struct GuestSeen {
     pub(crate) hello: Option<Arc<GuestHello>>,
     /// What it reported last, and when, since the VM was started.
     pub(crate) telemetry: Option<(Arc<GuestTelemetry>, Monotonic)>,
+    /// Until when that counts as of now.
+    fresh_until: Monotonic,
     /// What it reported of cloud-init, escaped, and since when that has been so.
     pub(crate) cloud_init: Option<(GuestCloudInit, Timestamp)>,
     /// What it did.
@@ -39,12 +39,13 @@ pub(crate) struct GuestSeen {
     pub(crate) host: Option<HostRates>,
     /// The agent broke the protocol and is held off.
     pub(crate) misbehaved: Option<String>,
+    /// When its coming and going was told last, within the minute.
+    told: VecDeque<Monotonic>,
 }
 
 /// What the host's counters say of a VM.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct HostRates {
-    pub(crate) at: Monotonic,
     pub(crate) cpu_percent: f64,
     pub(crate) memory_used: u64,
     pub(crate) memory_total: u64,
@@ -55,9 +56,25 @@ pub(crate) struct HostRates {
 impl GuestSeen {
     /// Whether its report is of now.
     pub(crate) fn is_fresh(&self, now: Monotonic) -> bool {
-        self.telemetry
-            .as_ref()
-            .is_some_and(|(_, at)| now.since(*at) < SILENT_AFTER)
+        self.telemetry.is_some() && now < self.fresh_until
+    }
+
+    /// Whether its coming or going may be told in one more event. A guest that comes and goes all
+    /// the time must not crowd out what else happens.
+    pub(crate) fn may_tell(&mut self, now: Monotonic) -> bool {
+        const MOST: usize = 12;
+        while self
+            .told
+            .front()
+            .is_some_and(|at| now.since(*at) > Duration::from_secs(60))
+        {
+            self.told.pop_front();
+        }
+        if self.told.len() >= MOST {
+            return false;
+        }
+        self.told.push_back(now);
+        true
     }
 
     /// The VM has gone off: what was of its run no longer holds.
@@ -74,14 +91,20 @@ impl GuestSeen {
         self.misbehaved = None;
     }
 
-    /// Takes a report up. Whether anything changed that watchers of the VM see.
-    pub(crate) fn report(&mut self, report: GuestTelemetry, at: Monotonic, now: Timestamp) -> bool {
+    /// Takes a report up, which counts as of now for a while. Whether anything changed that watchers of the VM see.
+    pub(crate) fn report(
+        &mut self,
+        report: GuestTelemetry,
+        (at, fresh): (Monotonic, Duration),
+        now: Timestamp,
+    ) -> bool {
         let told = clean(&report.cloud_init);
         let changed = self.cloud_init.as_ref().map(|(known, _)| known) != Some(&told);
         if changed {
             self.cloud_init = Some((told, now));
         }
         self.telemetry = Some((Arc::new(report), at));
+        self.fresh_until = at.after(fresh);
         changed
     }
 }
@@ -96,6 +119,17 @@ fn clean(told: &GuestCloudInit) -> GuestCloudInit {
 }
 
 impl VmEntry {
+    /// Takes up what was seen of its power.
+    pub(crate) fn observe(&mut self, observation: Observation) {
+        if !observation.power.is_active() {
+            self.addresses.clear();
+            self.reported.clear();
+            self.registered.clear();
+            self.guest.powered_off(observation.since);
+        }
+        self.observation = Some(observation);
+    }
+
     /// The VM's addresses. Each card's come from the best source that knows any: the guest's own
     /// report, its leases, what was registered by hand.
     pub(crate) fn known_addresses(&self) -> Vec<AddressView> {
@@ -130,7 +164,7 @@ impl VmEntry {
 pub(crate) fn reported_addresses(
     report: &GuestTelemetry,
     cards: &[MacAddress],
-    others: &BTreeMap<IpAddr, MacAddress>,
+    owner: impl Fn(IpAddr) -> Option<MacAddress>,
 ) -> Vec<(MacAddress, IpAddr)> {
     /// Most that are kept of one card.
     const MOST: usize = 8;
@@ -144,7 +178,7 @@ pub(crate) fn reported_addresses(
         }
         for address in &interface.addresses {
             let address = address.to_canonical();
-            let anothers = others.get(&address).is_some_and(|owner| *owner != mac);
+            let anothers = owner(address).is_some_and(|owner| owner != mac);
             let many = found.iter().filter(|(of, _)| *of == mac).count() >= MOST;
             if is_usable(address) && !anothers && !many && !found.contains(&(mac, address)) {
                 found.push((mac, address));

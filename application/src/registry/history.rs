@@ -9,6 +9,8 @@ use ghost_domain::guest::SampleSource;
 
 /// Points of the last hour, at one each five seconds.
 const FINE: usize = 720;
+/// Samples that come closer than this make no point of their own, however often a guest reports.
+const SPACING: i64 = 4_000;
 /// Points of the last day, at one each minute.
 const COARSE: usize = 24 * 60;
 const MINUTE: i64 = 60_000;
@@ -194,6 +196,7 @@ pub(crate) struct History {
     fine: VecDeque<Point>,
     coarse: VecDeque<Point>,
     minute: Option<Minute>,
+    newest: Option<GuestSample>,
 }
 
 impl History {
@@ -211,7 +214,11 @@ impl History {
         while self.coarse.back().is_some_and(|last| last.at >= start) {
             self.coarse.pop_back();
         }
-        bounded(&mut self.fine, FINE, Point::of(sample));
+        self.newest = Some(*sample);
+        let near = |last: &Point| at - last.at < SPACING && last.source == sample.source;
+        if !self.fine.back().is_some_and(near) {
+            bounded(&mut self.fine, FINE, Point::of(sample));
+        }
         if let Some(minute) = self.minute.take_if(|minute| minute.number != number) {
             bounded(&mut self.coarse, COARSE, Point::of(&minute.sample()));
         }
@@ -242,7 +249,7 @@ impl History {
 
     /// The newest sample.
     pub(crate) fn newest(&self) -> Option<GuestSample> {
-        self.fine.back().map(Point::sample)
+        self.newest
     }
 
     #[cfg(test)]

@@ -9,6 +9,7 @@
 
 mod autostart;
 mod crash;
+mod guest;
 mod sync;
 mod timers;
 
@@ -22,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::application::Ports;
+use crate::guest::{Door, GuestOptions};
 use crate::operations::Engine;
 use crate::registry::{Decision, Model, Registry};
 
@@ -36,6 +38,10 @@ pub(crate) struct Supervisor {
     pub(crate) registry: Arc<Registry>,
     pub(crate) ports: Ports,
     pub(crate) engine: Arc<Engine>,
+    pub(crate) door: Arc<Door>,
+    pub(crate) guest: GuestOptions,
+    /// Ends all supervision.
+    pub(crate) stop: CancellationToken,
 }
 
 impl Supervisor {
@@ -94,6 +100,36 @@ impl Supervisor {
                     .is_some(),
             )
         });
+        // Before anything is attached, so that no greeting is missed.
+        let heard = self.ports.guests.subscribe();
+        let (this, token) = (self.clone(), stop.clone());
+        tasks.spawn(async move {
+            let following = guest::follow(this, heard);
+            tell(
+                "guests",
+                token.run_until_cancelled(following).await.is_some(),
+            )
+        });
+        let (this, token) = (self.clone(), stop.clone());
+        tasks.spawn(async move {
+            let keeping = guest::keep_links(this);
+            tell("links", token.run_until_cancelled(keeping).await.is_some())
+        });
+        let (this, token) = (self.clone(), stop.clone());
+        tasks.spawn(async move {
+            let counting = guest::count(this);
+            tell("count", token.run_until_cancelled(counting).await.is_some())
+        });
+        if self.guest.update {
+            let (this, token) = (self.clone(), stop.clone());
+            tasks.spawn(async move {
+                let updating = guest::keep_updated(this);
+                tell(
+                    "updates",
+                    token.run_until_cancelled(updating).await.is_some(),
+                )
+            });
+        }
         let (this, token) = (self, stop.clone());
         tasks.spawn(async move {
             tell(
@@ -148,10 +184,7 @@ impl Supervisor {
         let (power, reason) = (observation.power, observation.reason.clone());
         let known = self.registry.observe(|model| match model.vms.get_mut(&id) {
             Some(entry) => {
-                if !power.is_active() {
-                    entry.addresses.clear();
-                }
-                entry.observation = Some(observation);
+                entry.observe(observation);
                 true
             }
             None => false,

@@ -28,7 +28,7 @@ pub(crate) async fn observe_one(
     registry.observe(|model| {
         model.link.last_contact = monotonic;
         if let Some(entry) = model.vms.get_mut(&id) {
-            entry.observation = Some(observation);
+            entry.observe(observation);
         }
     });
     Some(power)
@@ -62,8 +62,7 @@ fn apply(supervisor: &Supervisor, id: VmId, snapshot: Option<DomainSnapshot>) {
             Some(snapshot) => drift_of(&entry.vm, snapshot),
             None => vec!["the libvirt domain was undefined".to_owned()],
         };
-        entry.observation =
-            Some(snapshot.map_or_else(|| absent(now), |snapshot| snapshot.observation));
+        entry.observe(snapshot.map_or_else(|| absent(now), |snapshot| snapshot.observation));
         let news = !held && !drift.is_empty() && drift != entry.drift;
         if !held || drift.is_empty() {
             if entry.drift.is_empty() {

@@ -272,7 +272,7 @@ impl Hypervisor for Fake {
     }
 
     async fn statistics(&self) -> Result<Vec<DomainStatistics>> {
-        Ok(Vec::new())
+        Ok(self.world.survivors.lock().statistics.clone())
     }
 }
 
@@ -553,7 +553,7 @@ impl NetworkProvider for Fake {
             libvirt_name: "ghost-default".into(),
             mode: "nat".into(),
             bridge: None,
-            subnet: None,
+            subnet: Some("10.1.0.0/16".into()),
             dhcp_range: None,
             active: true,
         })

@@ -18,7 +18,7 @@ use ghost_domain::ports::{
 };
 use ghost_domain::{Error, ErrorCode, Result, Timestamp, VmId};
 use parking_lot::Mutex;
-use tokio::sync::{Notify, broadcast};
+use tokio::sync::{broadcast, watch};
 
 /// What tests see and turn.
 pub(crate) struct State {
@@ -33,6 +33,8 @@ pub(crate) struct State {
     /// Requests without an answer of their own fail with this.
     pub(crate) fails: Option<Error>,
     pub(crate) locked: bool,
+    /// `lock` and `attach`, as they came.
+    pub(crate) order: Vec<&'static str>,
     pub(crate) cuts: Vec<VmId>,
     pub(crate) audit: Vec<AuditRecord>,
     pub(crate) audit_full: bool,
@@ -51,8 +53,8 @@ pub(crate) struct State {
 pub(crate) struct Guests {
     pub(crate) state: Arc<Mutex<State>>,
     events: broadcast::Sender<GuestEvent>,
-    /// Rung when calls are cut.
-    cut: Arc<Notify>,
+    /// How often calls were cut.
+    cut: watch::Sender<u64>,
 }
 
 impl Guests {
@@ -65,6 +67,7 @@ impl Guests {
                 calls: Vec::new(),
                 fails: None,
                 locked: false,
+                order: Vec::new(),
                 cuts: Vec::new(),
                 audit: Vec::new(),
                 audit_full: false,
@@ -80,7 +83,7 @@ impl Guests {
                 breaks: false,
             })),
             events: broadcast::Sender::new(64),
-            cut: Arc::new(Notify::new()),
+            cut: watch::Sender::new(0),
         }
     }
 
@@ -191,7 +194,7 @@ impl GuestEvents for Events {
 struct Output {
     script: VecDeque<ExecEvent>,
     breaks: bool,
-    cut: Arc<Notify>,
+    cut: watch::Receiver<u64>,
 }
 
 #[async_trait]
@@ -202,7 +205,7 @@ impl ExecOutput for Output {
             return Ok(event);
         }
         if !self.breaks {
-            self.cut.notified().await;
+            drop(self.cut.changed().await);
         }
         Err(Error::new(
             ErrorCode::GuestUnreachable,
@@ -275,7 +278,9 @@ fn file() -> GuestFile {
 #[async_trait]
 impl GuestLinks for Guests {
     fn attach(&self, vm: VmId, socket: &Path) {
-        self.state.lock().attached.insert(vm, socket.to_owned());
+        let mut state = self.state.lock();
+        state.order.push("attach");
+        state.attached.insert(vm, socket.to_owned());
     }
 
     fn detach(&self, vm: VmId, reason: &str) {
@@ -299,16 +304,22 @@ impl GuestLinks for Guests {
     }
 
     fn lock_down(&self, closed: bool) -> u32 {
-        self.state.lock().locked = closed;
+        {
+            let mut state = self.state.lock();
+            state.locked = closed;
+            if closed {
+                state.order.push("lock");
+            }
+        }
         if closed {
-            self.cut.notify_waiters();
+            self.cut.send_modify(|cuts| *cuts += 1);
         }
         3
     }
 
     fn cut(&self, vm: VmId, _: &str) -> u32 {
         self.state.lock().cuts.push(vm);
-        self.cut.notify_waiters();
+        self.cut.send_modify(|cuts| *cuts += 1);
         1
     }
 
@@ -324,7 +335,7 @@ impl GuestLinks for Guests {
         let output = Output {
             script: script.into(),
             breaks,
-            cut: Arc::clone(&self.cut),
+            cut: self.cut.subscribe(),
         };
         self.call(
             "execute".into(),

@@ -23,7 +23,7 @@ use parking_lot::Mutex;
 use tokio::sync::broadcast;
 
 pub(crate) use fakes::FakeClock;
-pub(crate) use guests::Guests;
+pub(crate) use guests::{Guests, exit, hello};
 
 /// How a guest behaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +64,7 @@ pub(crate) struct Survivors {
     pub(crate) store_full: bool,
     pub(crate) disk_full: bool,
     pub(crate) commits: u64,
+    pub(crate) statistics: Vec<ghost_domain::ports::DomainStatistics>,
     pub(crate) pulls: u32,
 }
 
@@ -144,6 +145,7 @@ impl World {
                 store_full: false,
                 disk_full: false,
                 commits: 0,
+                statistics: Vec::new(),
                 pulls: 0,
             })),
             events: broadcast::Sender::new(1024),
