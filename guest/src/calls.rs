@@ -1,0 +1,268 @@
+//! Calls that run in a thread of their own, and the mailbox through which they speak.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use ghost_proto::guest::v1::agent_message::Payload;
+use ghost_proto::guest::v1::{self, Stream, StreamData, Telemetry, WindowUpdate};
+use ghost_proto::guest::{INITIAL_WINDOW, MOST_STREAM_DATA};
+use rustix::event::EventfdFlags;
+
+use crate::Failure;
+use crate::engine::End;
+
+/// A grant is worth a message once so much was consumed.
+pub(crate) const GRANT: u64 = INITIAL_WINDOW / 4;
+
+/// What other threads tell the loop.
+pub(crate) enum Mail {
+    /// An answer that is not the last.
+    Message(u32, Payload),
+    /// The last answer of a call.
+    Final(u32, Payload),
+    /// All that an execution has started is dead.
+    Swept(u32),
+    /// A report is ready.
+    Telemetry(Box<Telemetry>),
+    /// Leave the loop once all was sent.
+    Leave(End),
+}
+
+/// A queue into the loop that wakes it.
+#[derive(Clone)]
+pub(crate) struct Mailbox {
+    inner: Arc<(Mutex<Vec<Mail>>, OwnedFd)>,
+}
+
+impl Mailbox {
+    pub(crate) fn new() -> rustix::io::Result<Self> {
+        let fd = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Self {
+            inner: Arc::new((Mutex::new(Vec::new()), fd)),
+        })
+    }
+
+    pub(crate) fn put(&self, mail: Mail) {
+        let mut mails = lock(&self.inner.0);
+        mails.push(mail);
+        if mails.len() == 1 {
+            // Full at 2^64-1 unread wakes: it is readable then anyway.
+            let _ = rustix::io::write(&self.inner.1, &1u64.to_ne_bytes());
+        }
+    }
+
+    pub(crate) fn take(&self) -> Vec<Mail> {
+        let mut mails = lock(&self.inner.0);
+        let _ = rustix::io::read(&self.inner.1, &mut [0u8; 8]);
+        std::mem::take(&mut *mails)
+    }
+}
+
+impl AsFd for Mailbox {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.inner.1.as_fd()
+    }
+}
+
+/// A poisoned lock is no reason to give a guest up: all that is held is plain data.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[derive(Default)]
+struct Flow {
+    data: VecDeque<Bytes>,
+    end: bool,
+    cancelled: bool,
+    /// What the host may still send.
+    credit: u64,
+    /// What we may still send.
+    window: u64,
+}
+
+#[derive(Default)]
+struct Shared {
+    flow: Mutex<Flow>,
+    wake: Condvar,
+}
+
+/// The loop's side of a call in a thread.
+pub(crate) struct Task {
+    shared: Arc<Shared>,
+}
+
+impl Task {
+    /// Starts a thread for a call.
+    pub(crate) fn start(
+        serial: u32,
+        mailbox: Mailbox,
+        work: impl FnOnce(&mut Port) -> Result<Payload, Failure> + Send + 'static,
+    ) -> Result<Self, Failure> {
+        let shared = Arc::new(Shared::default());
+        {
+            let mut flow = lock(&shared.flow);
+            flow.credit = INITIAL_WINDOW;
+            flow.window = INITIAL_WINDOW;
+        }
+        let mut port = Port {
+            serial,
+            mailbox,
+            shared: Arc::clone(&shared),
+            ungranted: 0,
+        };
+        std::thread::Builder::new()
+            .name("call".into())
+            // Hashing and directory lists need little; the default of 2 MiB is only address space,
+            // but the guest may have limits on that.
+            .stack_size(256 * 1024)
+            .spawn(move || {
+                let payload = match work(&mut port) {
+                    Ok(payload) => payload,
+                    Err(failure) => Payload::Error(failure.into()),
+                };
+                port.mailbox.put(Mail::Final(port.serial, payload));
+            })
+            .map_err(|error| Failure::io("a thread for the call", &error))?;
+        Ok(Self { shared })
+    }
+
+    /// Takes bytes of the host.
+    pub(crate) fn data(&self, data: StreamData) -> Result<(), Failure> {
+        let mut flow = lock(&self.shared.flow);
+        if flow.end {
+            return Err(Failure::invalid("data after its end"));
+        }
+        let size = data.data.len() as u64;
+        if size > flow.credit {
+            return Err(Failure::invalid("more data than was granted"));
+        }
+        flow.credit -= size;
+        flow.end = data.end;
+        if size > 0 {
+            flow.data.push_back(data.data);
+        }
+        self.shared.wake.notify_all();
+        Ok(())
+    }
+
+    pub(crate) fn grant(&self, bytes: u64) {
+        let mut flow = lock(&self.shared.flow);
+        // A host that grants the world gets no more than a few windows at once of our memory.
+        flow.window = flow.window.saturating_add(bytes).min(4 * INITIAL_WINDOW);
+        self.shared.wake.notify_all();
+    }
+
+    pub(crate) fn cancel(&self) {
+        lock(&self.shared.flow).cancelled = true;
+        self.shared.wake.notify_all();
+    }
+}
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        self.cancel();
+    }
+}
+
+/// The thread's side.
+pub(crate) struct Port {
+    serial: u32,
+    mailbox: Mailbox,
+    shared: Arc<Shared>,
+    ungranted: u64,
+}
+
+impl Port {
+    pub(crate) fn send(&self, payload: Payload) {
+        self.mailbox.put(Mail::Message(self.serial, payload));
+    }
+
+    pub(crate) fn mailbox(&self) -> &Mailbox {
+        &self.mailbox
+    }
+
+    /// The next bytes, or `None` at the end.
+    pub(crate) fn receive(&mut self) -> Result<Option<Bytes>, Failure> {
+        let mut flow = lock(&self.shared.flow);
+        loop {
+            if flow.cancelled {
+                return Err(cancelled());
+            }
+            if let Some(data) = flow.data.pop_front() {
+                return Ok(Some(data));
+            }
+            if flow.end {
+                return Ok(None);
+            }
+            flow = self
+                .shared
+                .wake
+                .wait(flow)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// So much of what was received is done with.
+    pub(crate) fn consumed(&mut self, bytes: u64) {
+        self.ungranted += bytes;
+        if self.ungranted >= GRANT {
+            {
+                let mut flow = lock(&self.shared.flow);
+                flow.credit = flow.credit.saturating_add(self.ungranted);
+            }
+            self.send(Payload::WindowUpdate(WindowUpdate {
+                stream: Stream::File.into(),
+                bytes: self.ungranted,
+            }));
+            self.ungranted = 0;
+        }
+    }
+
+    /// Waits until something may be sent; says how much, at most a frame's worth.
+    pub(crate) fn room(&self) -> Result<usize, Failure> {
+        let mut flow = lock(&self.shared.flow);
+        loop {
+            if flow.cancelled {
+                return Err(cancelled());
+            }
+            if flow.window > 0 {
+                return Ok(usize::try_from(flow.window)
+                    .unwrap_or(usize::MAX)
+                    .min(MOST_STREAM_DATA));
+            }
+            flow = self
+                .shared
+                .wake
+                .wait(flow)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Sends bytes that [`Port::room`] allowed.
+    pub(crate) fn send_data(&self, data: Bytes, end: bool) {
+        {
+            let mut flow = lock(&self.shared.flow);
+            flow.window = flow.window.saturating_sub(data.len() as u64);
+        }
+        self.send(Payload::StreamData(StreamData {
+            stream: Stream::File.into(),
+            data,
+            end,
+        }));
+    }
+
+    pub(crate) fn is_cancelled(&self) -> bool {
+        lock(&self.shared.flow).cancelled
+    }
+}
+
+pub(crate) fn cancelled() -> Failure {
+    Failure::new("cancelled", "the call was cancelled")
+}
+
+/// The final answer of what has none of its own.
+pub(crate) fn done() -> Payload {
+    Payload::Done(v1::Done {})
+}

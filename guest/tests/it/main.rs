@@ -1,0 +1,14 @@
+//! The agent over a socket, as the host sees it.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stderr,
+    reason = "the helpers of tests fail by panicking, and say what is skipped"
+)]
+
+mod exec;
+mod files;
+mod host;
+mod session;
