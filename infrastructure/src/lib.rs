@@ -1,5 +1,6 @@
 //! Adapters of the ports in `ghost_domain::ports`, one module for each part of the outside world.
 
+pub mod audit;
 pub mod clock;
 pub mod guest_link;
 pub mod host;

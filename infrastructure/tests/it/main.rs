@@ -8,6 +8,7 @@
     reason = "tests fail by panicking, and what is skipped is printed; clippy's exception covers #[test] functions but not their helpers"
 )]
 
+mod audit;
 mod guest_link;
 mod hypervisor;
 mod identity;

@@ -214,10 +214,8 @@ impl Guest {
                         program.sent -= update.bytes;
                     }
                 }
-                Some(Payload::Cancel(_)) => {
-                    if programs.remove(&id).is_some() {
-                        self.exited(&id, 1).await;
-                    }
+                Some(Payload::Cancel(_)) if programs.remove(&id).is_some() => {
+                    self.exited(&id, 1).await;
                 }
                 _ => {}
             }
