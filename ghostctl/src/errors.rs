@@ -9,34 +9,55 @@ use tonic_types::StatusExt;
 
 use crate::text::{exact_duration, human_duration, printable};
 
-/// The exit codes of the contract.
+/// The exit codes of the contract. Their order is that of their numbers: `worst` relies on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Exit {
     /// It was done.
-    Done = 0,
+    Done,
     /// It failed.
-    Failed = 1,
+    Failed,
     /// The command line or a value in it is wrong.
-    Usage = 2,
+    Usage,
     /// There is no such thing.
-    NotFound = 3,
+    NotFound,
     /// It exists already, is busy, or is in the wrong state.
-    Conflict = 4,
+    Conflict,
     /// The agent cannot be reached, or does not take work now.
-    Unreachable = 5,
+    Unreachable,
     /// Not allowed.
-    Denied = 6,
+    Denied,
     /// A deadline passed.
-    TimedOut = 7,
+    TimedOut,
     /// Not enough resources.
-    Resources = 8,
+    Resources,
     /// Ctrl-C while waiting: 128 and the number of SIGINT, as shells report it.
-    Interrupted = 130,
+    Interrupted,
+    /// A command ran in a guest, and this is its own code.
+    Command(u8),
+}
+
+impl Exit {
+    /// The number that the process ends with.
+    pub(crate) const fn code(self) -> u8 {
+        match self {
+            Self::Done => 0,
+            Self::Failed => 1,
+            Self::Usage => 2,
+            Self::NotFound => 3,
+            Self::Conflict => 4,
+            Self::Unreachable => 5,
+            Self::Denied => 6,
+            Self::TimedOut => 7,
+            Self::Resources => 8,
+            Self::Interrupted => 130,
+            Self::Command(code) => code,
+        }
+    }
 }
 
 impl From<Exit> for std::process::ExitCode {
     fn from(exit: Exit) -> Self {
-        Self::from(exit as u8)
+        Self::from(exit.code())
     }
 }
 

@@ -11,6 +11,7 @@ mod identity;
 mod printer;
 mod progress;
 mod table;
+mod terminal;
 mod text;
 mod tracing;
 

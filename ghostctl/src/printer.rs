@@ -32,6 +32,16 @@ impl Printer {
         }
     }
 
+    /// How data is written.
+    pub(crate) fn format(&self) -> Format {
+        self.format
+    }
+
+    /// Whether a person looks at what is written beside the data.
+    pub(crate) fn is_watched(&self) -> bool {
+        self.stderr_terminal && !self.quiet
+    }
+
     /// Whether stdout is a terminal.
     pub(crate) fn stdout_is_terminal(&self) -> bool {
         self.stdout_terminal
@@ -58,6 +68,11 @@ impl Printer {
             Format::Name => self.names(items.iter().map(name)),
             Format::Json | Format::Yaml => self.document(&items),
         }
+    }
+
+    /// A table as `list` writes it, for a picture that is drawn again and again.
+    pub(crate) fn render(&self, table: &Table) -> String {
+        table.render(self.width(), self.paint())
     }
 
     /// One thing or several: paragraphs, a document (an array for several), or names.

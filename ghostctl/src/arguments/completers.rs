@@ -5,7 +5,9 @@ use std::ffi::OsStr;
 use std::future::Future;
 use std::time::Duration;
 
-use clap_complete::engine::{ArgValueCompleter, CompletionCandidate};
+use clap_complete::engine::{
+    ArgValueCompleter, CompletionCandidate, PathCompleter, ValueCompleter,
+};
 use ghost_proto::agent::v1::{
     ListCatalogueRequest, ListCertificatesRequest, ListImagesRequest, ListKeysRequest,
     ListNetworksRequest, ListOperationsRequest, ListVmsRequest,
@@ -29,6 +31,23 @@ pub(super) fn vms() -> ArgValueCompleter {
         let answer = agent.vms().list(ListVmsRequest::default()).await.ok()?;
         let vms = answer.into_inner().vms.into_iter().map(Vm::from);
         Some(vms.map(|vm| (vm.name, vm.state.to_string())).collect())
+    })
+}
+
+/// Local paths, and `NAME:/` for the side of a copy that is in a VM.
+pub(super) fn vm_paths() -> ArgValueCompleter {
+    ArgValueCompleter::new(|current: &OsStr| {
+        let vms = candidates(|agent: Agent| async move {
+            let answer = agent.vms().list(ListVmsRequest::default()).await.ok()?;
+            let vms = answer.into_inner().vms.into_iter().map(Vm::from);
+            Some(
+                vms.map(|vm| (format!("{}:/", vm.name), vm.state.to_string()))
+                    .collect(),
+            )
+        });
+        let mut found = matching(current, vms.unwrap_or_default());
+        found.extend(PathCompleter::any().complete(current));
+        found
     })
 }
 

@@ -2,6 +2,7 @@
 
 mod access;
 mod completers;
+mod guest;
 mod host;
 mod image;
 mod operation;
@@ -11,12 +12,16 @@ mod vm;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub(crate) use access::{ContextAdd, ContextCommand, KeyCommand, KeyCreate, Role, TrustCommand};
+pub(crate) use guest::{
+    AuditCommand, AuditList, ExecArgs, GuestCommand, GuestFreeze, GuestPassword, GuestShutdown,
+    LockdownArgs, LockdownCommand, ShellArgs, SshKeyCommand, Surroundings, TopArgs,
+};
 pub(crate) use host::{CompletionArgs, EventsArgs, ManArgs, NetworkCommand, Shell, VersionArgs};
 pub(crate) use image::{ImageCommand, ImageImport, ImagePull};
 pub(crate) use operation::{OperationCommand, OperationList, OperationWait};
 pub(crate) use vm::{
-    LaunchArgs, Life, VmCommand, VmCreate, VmDelete, VmList, VmLogs, VmPower, VmSpec, VmStop,
-    VmUpdate, VmWait, WaitFor,
+    Following, Guest, LaunchArgs, Life, Switch, VmCommand, VmCreate, VmDelete, VmList, VmLogs,
+    VmPower, VmShow, VmSpec, VmStop, VmUpdate, VmWait, WaitFor, WaitStage,
 };
 
 /// Virtual machines on ordinary machines.
@@ -25,7 +30,8 @@ pub(crate) use vm::{
 ///
 /// Exit codes: 0 done, 1 failed, 2 usage, 3 not found, 4 conflict (exists, busy, wrong state),
 /// 5 agent unreachable, 6 denied, 7 timed out, 8 not enough resources, 130 interrupted.
-/// Where several VMs are named it is the highest of theirs.
+/// Where several VMs are named it is the highest of theirs. `exec` and `shell` end with the code of
+/// what they ran.
 #[derive(Debug, Parser)]
 #[command(
     name = "ghostctl",
@@ -115,6 +121,13 @@ pub(crate) enum Command {
     /// List the VMs (short for `vm list`)
     #[command(visible_alias = "ls")]
     List(VmList),
+    /// Run a command in a VM, with no network and no SSH
+    Exec(Box<ExecArgs>),
+    /// Open a login shell in a VM
+    Shell(ShellArgs),
+    /// What the agent in a VM can do: status, passwords, keys, clock, freeze
+    #[command(subcommand)]
+    Guest(GuestCommand),
     /// The image cache, and what can be pulled into it
     #[command(subcommand, visible_alias = "images")]
     Image(ImageCommand),
@@ -137,6 +150,11 @@ pub(crate) enum Command {
     /// Keys for the HTTP API
     #[command(subcommand)]
     Key(KeyCommand),
+    /// Cut all sessions into VMs at once and refuse new ones
+    Lockdown(LockdownArgs),
+    /// Who did what in VMs
+    #[command(subcommand)]
+    Audit(AuditCommand),
     /// The versions of ghostctl and of the agent
     Version(VersionArgs),
     /// Print the completion script of a shell

@@ -90,6 +90,38 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     Ok(total)
 }
 
+/// A span of history: the agent keeps a day.
+pub(crate) fn history(text: &str) -> Result<Duration, String> {
+    match duration(text)? {
+        Duration::ZERO => Err("it must be longer than zero".to_owned()),
+        span if span > Duration::from_secs(86_400) => {
+            Err("the history of the last 24h is kept".to_owned())
+        }
+        span => Ok(span),
+    }
+}
+
+/// Reads `USER` or `USER:GROUP`, names or numbers.
+pub(crate) fn user_and_group(text: &str) -> Result<(String, String), String> {
+    let (user, group) = text.split_once(':').unwrap_or((text, ""));
+    if user.is_empty() || group.contains(':') || text.ends_with(':') {
+        return Err(format!("{text:?} is no user; write USER or USER:GROUP"));
+    }
+    Ok((user.to_owned(), group.to_owned()))
+}
+
+/// Reads `KEY=VALUE`, or `KEY` for what it is here.
+pub(crate) fn variable(text: &str) -> Result<(String, Option<String>), String> {
+    let (key, value) = match text.split_once('=') {
+        Some((key, value)) => (key, Some(value.to_owned())),
+        None => (text, None),
+    };
+    if key.is_empty() {
+        return Err(format!("{text:?} is no variable; write KEY=VALUE or KEY"));
+    }
+    Ok((key.to_owned(), value))
+}
+
 /// Reads `key=value`.
 pub(crate) fn tag(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
@@ -158,6 +190,23 @@ mod tests {
         ] {
             assert!(duration(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn users_and_variables_are_what_people_write() {
+        let user = |user: &str, group: &str| Ok((user.to_owned(), group.to_owned()));
+        assert_eq!(user_and_group("web"), user("web", ""));
+        assert_eq!(user_and_group("1000:100"), user("1000", "100"));
+        for bad in ["", ":", ":web", "web:", "a:b:c"] {
+            assert!(user_and_group(bad).is_err(), "{bad}");
+        }
+        let value = |text: &str| Some(text.to_owned());
+        assert_eq!(variable("A=b=c"), Ok(("A".to_owned(), value("b=c"))));
+        assert_eq!(variable("A="), Ok(("A".to_owned(), value(""))));
+        assert_eq!(variable("A"), Ok(("A".to_owned(), None)));
+        assert!(variable("=b").is_err());
+        assert!(history("25h").is_err() && history("0s").is_err());
+        assert_eq!(history("1d"), Ok(Duration::from_secs(86_400)));
     }
 
     #[test]

@@ -16,7 +16,9 @@ pub(crate) enum VmCommand {
     #[command(visible_alias = "ls")]
     List(VmList),
     /// Show all that is known of VMs
-    Show(Names),
+    Show(VmShow),
+    /// Show what VMs use, live
+    Top(super::guest::TopArgs),
     /// Start VMs
     Start(VmPower),
     /// Stop VMs by asking the guest (ACPI)
@@ -54,6 +56,94 @@ pub(crate) struct Names {
     /// Names, ids, or unique prefixes of ids
     #[arg(required = true, value_name = "NAME", add = completers::vms())]
     pub(crate) names: Vec<String>,
+}
+
+/// `vm show`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  ghostctl vm show web
+  ghostctl vm show web --history 1h")]
+pub(crate) struct VmShow {
+    #[command(flatten)]
+    pub(crate) vms: Names,
+
+    /// Show what it used in the last so long instead, at most 24h
+    #[arg(long, value_name = "TIME", value_parser = values::history,
+          num_args = 0..=1, default_missing_value = "1h")]
+    pub(crate) history: Option<Duration>,
+}
+
+/// How far a start is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub(crate) enum WaitStage {
+    /// Not at all, as --detach.
+    None,
+    /// Until it runs.
+    Running,
+    /// Until an address of it is known.
+    Address,
+    /// Until the agent in it answers.
+    Agent,
+    /// Until cloud-init in it has finished.
+    CloudInit,
+}
+
+/// How far the start of a new VM is followed.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct Following {
+    /// How far to wait for the guest [default: cloud-init on a terminal, where the VM has our
+    /// agent; running elsewhere]
+    #[arg(long, value_enum, value_name = "STAGE")]
+    pub(crate) wait: Option<WaitStage>,
+
+    /// How long to wait for the guest once the VM runs; the VM goes on after it
+    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = values::duration)]
+    pub(crate) wait_timeout: Duration,
+}
+
+/// How the agent comes into a VM, and what it may do there.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct Guest {
+    /// How our agent comes into the VM: with the seed unless the image has it, always with the
+    /// seed, or never [default: auto]
+    #[arg(long, value_enum, value_name = "HOW")]
+    pub(crate) guest_inject: Option<Inject>,
+
+    /// Let nobody in through our agent: no exec, shell, copy or accounts
+    #[arg(long)]
+    pub(crate) no_guest_access: bool,
+}
+
+/// How the agent comes into a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Inject {
+    /// With the seed, unless the image has it.
+    Auto,
+    /// With the seed.
+    Always,
+    /// Not at all.
+    Never,
+}
+
+impl Inject {
+    /// As the agent knows it.
+    pub(crate) const fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Always => "always",
+            Self::Never => "never",
+        }
+    }
+}
+
+/// On or off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Switch {
+    /// On.
+    On,
+    /// Off.
+    Off,
 }
 
 /// What a VM is made of.
@@ -94,6 +184,9 @@ pub(crate) struct VmSpec {
     /// Label it; again for more
     #[arg(long = "tag", value_name = "KEY=VALUE", value_parser = values::tag)]
     pub(crate) tags: Vec<(String, String)>,
+
+    #[command(flatten)]
+    pub(crate) guest: Guest,
 
     #[command(flatten)]
     pub(crate) life: Life,
@@ -151,6 +244,9 @@ pub(crate) struct VmCreate {
     pub(crate) start: bool,
 
     #[command(flatten)]
+    pub(crate) following: Following,
+
+    #[command(flatten)]
     pub(crate) spec: VmSpec,
 }
 
@@ -164,6 +260,9 @@ pub(crate) struct LaunchArgs {
     /// The name that it gets [default: one is made up]
     #[arg(value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub(crate) name: Option<String>,
+
+    #[command(flatten)]
+    pub(crate) following: Following,
 
     #[command(flatten)]
     pub(crate) spec: VmSpec,
@@ -222,7 +321,7 @@ pub(crate) struct VmDelete {
 #[derive(Debug, Args)]
 #[command(group = clap::ArgGroup::new("what").required(true).multiple(true).args([
     "cpus", "memory", "tags", "untag", "protect", "unprotect", "autostart", "no_autostart",
-    "autostart_order", "autostart_delay", "max_restarts",
+    "autostart_order", "autostart_delay", "max_restarts", "guest_access",
 ]))]
 pub(crate) struct VmUpdate {
     /// Name, id, or unique prefix of an id
@@ -259,6 +358,10 @@ pub(crate) struct VmUpdate {
 
     #[command(flatten)]
     pub(crate) life: Life,
+
+    /// Whether exec, shell, copies and accounts of the guest may be reached; off cuts open sessions
+    #[arg(long, value_enum, value_name = "ON|OFF")]
+    pub(crate) guest_access: Option<Switch>,
 
     /// Only if the VM's generation is this one
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]

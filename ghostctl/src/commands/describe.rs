@@ -1,7 +1,8 @@
 //! How things look to people: one table and one sheet a kind. Programs get the views.
 
 use ghost_proto::view::{
-    ApiKey, CatalogueEntry, Certificate, Image, Network, Operation, OperationStatus, Vm, VmState,
+    ApiKey, CatalogueEntry, Certificate, GuestStatus, Image, Network, Operation, OperationStatus,
+    Vm, VmState,
 };
 
 use crate::table::{Paint, Sheet, Table};
@@ -43,7 +44,7 @@ pub(super) fn vm_table(vms: &[Vm]) -> Table {
     table
 }
 
-pub(super) fn vm(vm: &Vm, paint: Paint) -> String {
+pub(super) fn vm(vm: &Vm, guest: Option<&GuestStatus>, paint: Paint) -> String {
     let mut sheet = Sheet::new();
     let reason = vm
         .state_reason
@@ -93,6 +94,32 @@ pub(super) fn vm(vm: &Vm, paint: Paint) -> String {
             &format!("nic {}", printable(&nic.network)),
             format!("{}, {addresses}", nic.mac),
         );
+    }
+    if let Some(policy) = &vm.guest {
+        sheet.line(
+            "guest access",
+            format!(
+                "{}, agent injected: {}",
+                if policy.access { "on" } else { "off" },
+                policy.inject
+            ),
+        );
+    }
+    if let Some(guest) = guest {
+        sheet
+            .some(
+                "guest agent",
+                guest.agent_version.as_ref().map(|version| {
+                    let heard = guest
+                        .last_seen_age_seconds
+                        .map(|_| format!(", heard {} ago", human_age(guest.last_seen_age_seconds)))
+                        .unwrap_or_default();
+                    let outdated = if guest.outdated { ", outdated" } else { "" };
+                    format!("{version}{heard}{outdated}")
+                }),
+            )
+            .some("guest system", guest.operating_system.as_ref())
+            .some("guest kernel", guest.kernel.as_ref());
     }
     for condition in &vm.conditions {
         let holds = if condition.status { "yes" } else { "no" };

@@ -1,18 +1,26 @@
 //! One file a command, or a family of the same shape. A command asks, and hands what it got to the
 //! printer; how things look to people is in `describe`.
 
+mod audit;
 mod change;
 mod completion;
 mod context;
 mod describe;
 mod events;
+mod exec;
+mod guest;
+mod guest_wait;
+mod history;
 mod image_import;
 mod images;
 mod key;
+mod lockdown;
 mod man;
 mod networks;
 mod operations;
+mod stages;
 mod status;
+mod top;
 mod trust;
 mod version;
 mod vm_console;
@@ -39,6 +47,11 @@ pub(crate) async fn run(command: Command, session: &Session) -> Result<Exit, Fai
         Command::Vm(command) => vm(command, session).await,
         Command::Launch(args) => vm_create::launch(*args, session).await,
         Command::List(args) => vm_show::list(args, session).await,
+        Command::Exec(args) => exec::exec(*args, session).await,
+        Command::Shell(args) => exec::shell(args, session).await,
+        Command::Guest(command) => guest::run(command, session).await,
+        Command::Lockdown(args) => lockdown::run(args, session).await,
+        Command::Audit(command) => audit::run(command, session).await,
         Command::Image(command) => match command {
             ImageCommand::List => images::list(session).await,
             ImageCommand::Catalogue => images::catalogue(session).await,
@@ -74,7 +87,8 @@ async fn vm(command: VmCommand, session: &Session) -> Result<Exit, Failure> {
     match command {
         VmCommand::Create(args) => vm_create::create(*args, session).await,
         VmCommand::List(args) => vm_show::list(args, session).await,
-        VmCommand::Show(args) => vm_show::show(args.names, session).await,
+        VmCommand::Show(args) => vm_show::show(args, session).await,
+        VmCommand::Top(args) => top::run(args, session).await,
         VmCommand::Start(args) => vm_power::start(args, session).await,
         VmCommand::Stop(args) => vm_power::stop(args, session).await,
         VmCommand::Restart(args) => vm_power::restart(args, session).await,

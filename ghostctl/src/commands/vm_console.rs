@@ -4,50 +4,19 @@
 //! use otherwise. Whoever attaches to a console trusts the guest that far; `vm logs` does not.
 
 use std::io::{IsTerminal, Read};
-use std::os::fd::AsFd;
 
 use ghost_proto::agent::v1::ConsoleInput;
-use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use crate::connect::Session;
 use crate::errors::{Exit, Failure};
+use crate::terminal::RawTerminal;
 use crate::text::printable;
 
 /// Ctrl-], as in telnet and virsh.
 const DETACH: u8 = 0x1d;
-
-/// Puts the terminal back as it was, however the console ends.
-struct RawTerminal {
-    before: Termios,
-}
-
-impl RawTerminal {
-    /// Switches stdin to raw mode: every key goes to the guest, Ctrl-C too.
-    fn enter() -> Result<Self, Failure> {
-        let failed = |error: rustix::io::Errno| {
-            Failure::io("the terminal cannot be switched", &error.into())
-        };
-        let before = tcgetattr(std::io::stdin()).map_err(failed)?;
-        let mut raw = before.clone();
-        raw.make_raw();
-        tcsetattr(std::io::stdin().as_fd(), OptionalActions::Drain, &raw).map_err(failed)?;
-        Ok(Self { before })
-    }
-}
-
-impl Drop for RawTerminal {
-    fn drop(&mut self) {
-        // Nothing can be done where the terminal is gone.
-        let _ = tcsetattr(
-            std::io::stdin().as_fd(),
-            OptionalActions::Drain,
-            &self.before,
-        );
-    }
-}
 
 /// Why the console ended.
 enum End {

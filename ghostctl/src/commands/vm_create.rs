@@ -3,12 +3,12 @@
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use ghost_proto::agent::v1::{Autostart, CreateVmRequest, RestartPolicy};
+use ghost_proto::agent::v1::{Autostart, CreateVmRequest, GuestPolicy, RestartPolicy};
 use ghost_proto::view::Operation;
 
-use super::{change, pairs, wire};
-use crate::arguments::{LaunchArgs, VmCreate, VmSpec};
-use crate::connect::{Session, ask};
+use super::{change, pairs, stages, wire};
+use crate::arguments::{Following, LaunchArgs, VmCreate, VmSpec, WaitStage};
+use crate::connect::{Agent, Session, ask};
 use crate::errors::{ErrorCode, Exit, Failure};
 use crate::text::printable;
 
@@ -24,15 +24,33 @@ pub(super) async fn create(args: VmCreate, session: &Session) -> Result<Exit, Fa
     } else {
         ("Created", false)
     };
-    make(args.name, args.image, start, args.spec, done, session).await?;
+    if !args.start
+        && args
+            .following
+            .wait
+            .is_some_and(|stage| stage > WaitStage::None)
+    {
+        return Err(Failure::usage("--wait needs --start")
+            .because("a VM that is not started does not come up"));
+    }
+    let spec = detached(args.spec, args.following);
+    let waits = start && !spec.change.detach && !spec.dry_run;
+    let agent = session.agent().await?;
+    let operation = make(args.name, args.image, start, spec, done, &agent, session).await?;
+    if waits {
+        stages::follow(&agent, &operation.subject, args.following, session).await?;
+    }
     Ok(Exit::Done)
 }
 
 pub(super) async fn launch(args: LaunchArgs, session: &Session) -> Result<Exit, Failure> {
     let name = args.name.unwrap_or_default();
-    let waits = !args.spec.change.detach && !args.spec.dry_run;
-    let operation = make(name, args.image, true, args.spec, "Launched", session).await?;
+    let spec = detached(args.spec, args.following);
+    let waits = !spec.change.detach && !spec.dry_run;
+    let agent = session.agent().await?;
+    let operation = make(name, args.image, true, spec, "Launched", &agent, session).await?;
     if waits {
+        stages::follow(&agent, &operation.subject, args.following, session).await?;
         session.printer.note(&format!(
             "its console: ghostctl vm console {}",
             printable(&operation.subject)
@@ -41,18 +59,24 @@ pub(super) async fn launch(args: LaunchArgs, session: &Session) -> Result<Exit, 
     Ok(Exit::Done)
 }
 
+/// `--wait none` is `--detach` said otherwise.
+fn detached(mut spec: VmSpec, following: Following) -> VmSpec {
+    spec.change.detach |= following.wait == Some(WaitStage::None);
+    spec
+}
+
 async fn make(
     name: String,
     image: String,
     start: bool,
     spec: VmSpec,
     done: &str,
+    agent: &Agent,
     session: &Session,
 ) -> Result<Operation, Failure> {
     let mut change = spec.change.clone();
     let request = request(name, image, start, spec)?;
     let dry_run = request.dry_run;
-    let agent = session.agent().await?;
     if dry_run {
         // The answer is an operation that nobody runs: there is nothing to wait for.
         change.detach = false;
@@ -75,7 +99,7 @@ async fn make(
         &change,
         done,
         session,
-        &agent,
+        agent,
         |agent, request_id| async move {
             agent
                 .vms()
@@ -117,10 +141,22 @@ fn request(
         autostart: autostart(life),
         restart_policy: restart_policy(life),
         delete_protection: spec.protect,
-        guest: None,
+        guest: guest(&spec.guest),
         start,
         request_id: String::new(),
         dry_run: spec.dry_run,
+    })
+}
+
+/// The guest policy of the flags, where one of them was given.
+fn guest(guest: &crate::arguments::Guest) -> Option<GuestPolicy> {
+    (guest.guest_inject.is_some() || guest.no_guest_access).then(|| GuestPolicy {
+        // Empty: as the agent's configuration says.
+        inject: guest
+            .guest_inject
+            .map(|inject| inject.as_str().to_owned())
+            .unwrap_or_default(),
+        access: !guest.no_guest_access,
     })
 }
 
@@ -177,7 +213,7 @@ fn text(path: &Path) -> Result<String, Failure> {
 }
 
 /// The keys of files as sshd's authorized_keys has them: one a line, # begins a comment.
-fn ssh_keys(paths: &[PathBuf]) -> Result<Vec<String>, Failure> {
+pub(super) fn ssh_keys(paths: &[PathBuf]) -> Result<Vec<String>, Failure> {
     let mut keys = Vec::new();
     for path in paths {
         let text = text(path)?;

@@ -1,10 +1,10 @@
 //! `vm list`, `list` and `vm show`.
 
-use ghost_proto::agent::v1::{GetVmRequest, ListVmsRequest};
-use ghost_proto::view::Vm;
+use ghost_proto::agent::v1::{GetGuestStatusRequest, GetVmRequest, ListVmsRequest};
+use ghost_proto::view::{GuestStatus, Vm, VmState};
 
-use super::{describe, each, pairs};
-use crate::arguments::VmList;
+use super::{describe, each, history, pairs};
+use crate::arguments::{Format, VmList, VmShow};
 use crate::connect::{Session, ask};
 use crate::errors::{Exit, Failure};
 
@@ -36,19 +36,42 @@ pub(super) async fn list(args: VmList, session: &Session) -> Result<Exit, Failur
     Ok(Exit::Done)
 }
 
-pub(super) async fn show(names: Vec<String>, session: &Session) -> Result<Exit, Failure> {
+pub(super) async fn show(args: VmShow, session: &Session) -> Result<Exit, Failure> {
+    let names = args.vms.names;
+    if let Some(span) = args.history {
+        return history::show(names, span, session).await;
+    }
     let agent = session.agent().await?;
-    let (vms, exit) = each(&names, session, |vm| async {
-        agent
+    // The document is the VM's; what else a person wants to know comes from its guest.
+    let for_people = session.printer.format() == Format::Table;
+    let (found, exit) = each(&names, session, |vm| async {
+        let vm = agent
             .vms()
             .get(ask(GetVmRequest { vm }))
             .await
             .map(|answer| Vm::from(answer.into_inner()))
-            .map_err(|status| agent.failure(&status))
+            .map_err(|status| agent.failure(&status))?;
+        let guest = if for_people && vm.state == VmState::Running && vm.guest.is_some() {
+            let request = GetGuestStatusRequest { vm: vm.id.clone() };
+            // Without it there is less to show, and `guest status` says why.
+            let status = agent.guest().get_status(ask(request)).await.ok();
+            status.map(|answer| GuestStatus::from(answer.into_inner()))
+        } else {
+            None
+        };
+        Ok((vm, guest))
     })
     .await;
-    session
-        .printer
-        .several(&vms, names.len(), |vm| &vm.name, describe::vm)?;
+    let (vms, guests): (Vec<Vm>, Vec<Option<GuestStatus>>) = found.into_iter().unzip();
+    let guest_of = |vm: &Vm| {
+        let known = vms.iter().position(|known| known.id == vm.id)?;
+        guests.get(known)?.as_ref()
+    };
+    session.printer.several(
+        &vms,
+        names.len(),
+        |vm| &vm.name,
+        |vm, paint| describe::vm(vm, guest_of(vm), paint),
+    )?;
     Ok(exit)
 }

@@ -4,7 +4,7 @@ use ghost_proto::agent::v1::UpdateVmRequest;
 
 use super::vm_create::{autostart, restart_policy};
 use super::{change, pairs};
-use crate::arguments::VmUpdate;
+use crate::arguments::{Switch, VmUpdate};
 use crate::connect::{Session, ask};
 use crate::errors::{Exit, Failure};
 
@@ -15,7 +15,7 @@ pub(super) async fn run(args: VmUpdate, session: &Session) -> Result<Exit, Failu
         request_id: String::new(),
         vcpus: args.cpus,
         memory_bytes: args.memory,
-        guest_access: None,
+        guest_access: args.guest_access.map(|access| access == Switch::On),
         delete_protection: match (args.protect, args.unprotect) {
             (true, _) => Some(true),
             (false, true) => Some(false),

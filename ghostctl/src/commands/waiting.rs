@@ -28,6 +28,12 @@ impl CtrlC {
             .map_err(|error| Failure::io("Ctrl-C cannot be watched for", &error))
     }
 
+    /// Returns at the next Ctrl-C.
+    pub(super) async fn pressed(&mut self) {
+        // There is no end to signals: what `recv` says is that one came.
+        let _ = self.0.recv().await;
+    }
+
     /// Runs a future to its end, or until Ctrl-C.
     pub(super) async fn or<T>(
         &mut self,

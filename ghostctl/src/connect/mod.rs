@@ -13,9 +13,9 @@ use std::time::Duration;
 
 use ghost_proto::agent::v1::{
     access_service_client::AccessServiceClient, event_service_client::EventServiceClient,
-    host_service_client::HostServiceClient, image_service_client::ImageServiceClient,
-    network_service_client::NetworkServiceClient, operation_service_client::OperationServiceClient,
-    vm_service_client::VmServiceClient,
+    guest_service_client::GuestServiceClient, host_service_client::HostServiceClient,
+    image_service_client::ImageServiceClient, network_service_client::NetworkServiceClient,
+    operation_service_client::OperationServiceClient, vm_service_client::VmServiceClient,
 };
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
@@ -217,6 +217,10 @@ impl Agent {
 
     pub(crate) fn events(&self) -> EventServiceClient<Transport> {
         EventServiceClient::new(self.transport.clone()).max_decoding_message_size(MESSAGE_LIMIT)
+    }
+
+    pub(crate) fn guest(&self) -> GuestServiceClient<Transport> {
+        GuestServiceClient::new(self.transport.clone()).max_decoding_message_size(MESSAGE_LIMIT)
     }
 
     pub(crate) fn access(&self) -> AccessServiceClient<Transport> {

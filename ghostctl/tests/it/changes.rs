@@ -5,6 +5,7 @@ use std::process::{Child, ChildStderr, Output, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::console::Terminal;
 use crate::run::{Person, finish, transcript, words};
 
 #[test]
@@ -78,10 +79,11 @@ fn flags_become_the_request() {
         "vm create web-9 --image debian-12 --cpus 4 --memory 1.5GiB --disk 20G --network default \
          --network lab --user admin --ssh-key id.pub --user-data user.yaml --network-config \
          net.yaml --tag env=prod --autostart-order -1 --autostart-delay 5s --max-restarts 2 \
-         --restart-window 1h --protect --start --request-id abc",
+         --restart-window 1h --protect --start --guest-inject always --no-guest-access --request-id abc",
         "launch debian-12 --request-id abc",
         "vm update web-1 --memory 4GiB --tag a=b --untag c --unprotect --no-autostart \
          --expected-generation 7 --request-id abc",
+        "vm update web-1 --guest-access off --request-id abc",
         "vm stop web-1 --timeout 1500ms --request-id abc",
         "vm delete web-1 --force --request-id abc",
         "image pull mine --url https://x/y.qcow2 --checksum sha256:00 --request-id abc",
@@ -290,9 +292,66 @@ fn vm_wait_follows_the_vm() {
         "vm wait broken --for running",
         "vm wait vanishing --for stopped",
         "vm wait absent-1 --for running",
-        "vm wait web-1 --for agent",
-        "vm wait web-1 --for cloud-init -o json",
+        "vm wait web-1 --for agent --timeout 300ms",
+        "vm wait guest-ready --for agent",
+        "vm wait guest-ready --for cloud-init",
+        "vm wait guest-silent --for cloud-init -q",
+        "vm wait guest-plain --for cloud-init -q",
+        "vm wait guest-broken --for cloud-init -q",
+        "vm wait guest-slow --for cloud-init -q --timeout 300ms",
     ]));
+}
+
+/// `launch` tells how the guest comes up, stage by stage, and never stops it.
+#[test]
+fn a_launch_follows_the_guest_as_far_as_is_wanted() {
+    let person = Person::new();
+    insta::assert_snapshot!(person.says_all(&[
+        "launch debian-12 guest-ready --wait cloud-init",
+        "launch debian-12 guest-plain --wait cloud-init",
+        "launch debian-12 guest-silent --wait agent -q",
+        "launch debian-12 guest-ready --wait running",
+        "launch debian-12 guest-ready --wait none",
+        "vm create guest-ready --image debian-12 --start --wait address",
+        "vm create guest-ready --image debian-12 --wait agent",
+        "launch debian-12 guest-broken --wait cloud-init",
+        "launch debian-12 guest-slow --wait cloud-init --wait-timeout 300ms",
+        "launch debian-12 web-9 --wait agent --wait-timeout 300ms",
+        "launch debian-12 web-9 --wait agent --wait-timeout 300ms -o json -q",
+        "launch debian-12 broken --wait agent",
+    ]));
+    let requests = person.agent.requests();
+    assert!(
+        !requests
+            .iter()
+            .any(|request| request.starts_with("StopVm") || request.starts_with("DeleteVm")),
+        "{requests:#?}"
+    );
+}
+
+#[test]
+fn a_launch_on_a_terminal_shows_the_guest_come_up_and_can_be_left() {
+    let person = Person::new();
+    let terminal = Terminal::start(&person, "launch debian-12 guest-ready");
+    let (code, _, seen) = terminal.exit("cloud-init has finished");
+    assert_eq!(code, Some(0));
+    assert!(seen.contains("guest-ready: address 10.77.0.2"), "{seen}");
+    assert!(seen.contains("guest-ready: agent answers, 0.1.0"), "{seen}");
+
+    let mut terminal = Terminal::start(&person, "launch debian-12 guest-slow");
+    terminal.shows("agent answers");
+    terminal.signal(Signal::INT);
+    let (code, _, seen) = terminal.exit("interrupted; guest-slow goes on");
+    assert_eq!(code, Some(130), "{seen}");
+    assert!(
+        seen.contains("ghostctl vm wait guest-slow --for agent"),
+        "{seen}"
+    );
+
+    // A VM without our agent is not waited for in vain.
+    let terminal = Terminal::start(&person, "launch debian-12 web-9");
+    let (code, _, _) = terminal.exit("its console: ghostctl vm console web-9");
+    assert_eq!(code, Some(0));
 }
 
 #[test]

@@ -4,27 +4,37 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Child, Stdio};
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, Termios, tcgetattr};
 
-use crate::run::{Person, finish, transcript, words};
+use crate::run::{PATIENCE, Person, finish, transcript, words};
 
 /// A terminal, and ghostctl on it.
-struct Terminal {
-    master: File,
+pub(crate) struct Terminal {
+    pub(crate) master: File,
     slave: OwnedFd,
-    child: Child,
+    pub(crate) child: Child,
+    /// What the master end reads, by a thread: a text that never comes must not hang the test.
+    output: Receiver<Vec<u8>>,
     seen: Vec<u8>,
 }
 
 impl Terminal {
-    fn start(person: &Person, line: &str) -> Self {
+    pub(crate) fn start(person: &Person, line: &str) -> Self {
         let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
         grantpt(&master).unwrap();
         unlockpt(&master).unwrap();
+        let size = rustix::termios::Winsize {
+            ws_row: 24,
+            ws_col: 80,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        rustix::termios::tcsetwinsize(&master, size).unwrap();
         let name = ptsname(&master, Vec::new()).unwrap();
         let open = || -> OwnedFd {
             let path = name.to_str().unwrap();
@@ -43,36 +53,52 @@ impl Terminal {
             .stderr(Stdio::from(open()))
             .spawn()
             .unwrap();
+        let master = File::from(master);
+        let mut reader = master.try_clone().unwrap();
+        let (sender, output) = channel();
+        std::thread::spawn(move || {
+            let mut buffer = [0; 1024];
+            while let Ok(read @ 1..) = reader.read(&mut buffer) {
+                if sender.send(buffer[..read].to_vec()).is_err() {
+                    return;
+                }
+            }
+        });
         Self {
-            master: File::from(master),
+            master,
+            output,
             slave: open(),
             child,
             seen: Vec::new(),
         }
     }
 
-    fn modes(&self) -> Termios {
+    pub(crate) fn modes(&self) -> Termios {
         tcgetattr(self.slave.as_fd()).unwrap()
     }
 
-    fn is_raw(&self) -> bool {
+    pub(crate) fn is_raw(&self) -> bool {
         !self.modes().local_modes.contains(LocalModes::ICANON)
     }
 
     /// Reads until a text has been shown.
-    fn shows(&mut self, text: &str) {
-        let mut buffer = [0; 1024];
+    pub(crate) fn shows(&mut self, text: &str) {
         while !String::from_utf8_lossy(&self.seen).contains(text) {
-            let read = self.master.read(&mut buffer).unwrap();
-            self.seen.extend_from_slice(&buffer[..read]);
+            match self.output.recv_timeout(PATIENCE) {
+                Ok(bytes) => self.seen.extend(bytes),
+                Err(_) => panic!(
+                    "{text:?} was never shown: {}",
+                    String::from_utf8_lossy(&self.seen)
+                ),
+            }
         }
     }
 
-    fn types(&mut self, bytes: &[u8]) {
+    pub(crate) fn types(&mut self, bytes: &[u8]) {
         self.master.write_all(bytes).unwrap();
     }
 
-    fn exit(mut self, last: &str) -> (Option<i32>, bool, String) {
+    pub(crate) fn exit(mut self, last: &str) -> (Option<i32>, bool, String) {
         self.shows(last);
         let child = std::mem::replace(
             &mut self.child,
@@ -90,7 +116,7 @@ impl Terminal {
 }
 
 /// Raw mode comes a moment after the note that announces the console.
-fn until_raw(terminal: &Terminal) {
+pub(crate) fn until_raw(terminal: &Terminal) {
     let begun = Instant::now();
     while !terminal.is_raw() {
         assert!(begun.elapsed() < Duration::from_secs(30), "never raw");

@@ -12,6 +12,7 @@ mod console;
 mod contexts;
 mod errors;
 mod fake;
+mod guest;
 mod output;
 mod run;
 mod shell;

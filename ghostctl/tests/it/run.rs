@@ -9,7 +9,7 @@ use tempfile::TempDir;
 use crate::fake::FakeAgent;
 
 /// No command of a test takes longer, unless it hangs.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A person with a home folder of their own, and an agent.
 pub(crate) struct Person {
@@ -56,6 +56,22 @@ impl Person {
                 .spawn()
                 .unwrap(),
         )
+    }
+
+    /// Returns when something has happened in a guest.
+    pub(crate) fn until_happened(&self, what: &str) {
+        let begun = std::time::Instant::now();
+        loop {
+            let happened = self.agent.state.guest.happened.lock().unwrap().clone();
+            if happened.iter().any(|word| word == what) {
+                return;
+            }
+            assert!(
+                begun.elapsed() < PATIENCE,
+                "{what} never happened: {happened:?}"
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     pub(crate) fn secrets(&self) -> Vec<(String, &'static str)> {

@@ -8,6 +8,7 @@
 //! - for waits: `booting`, `stuck`, `broken`, `vanishing`.
 
 mod access;
+pub(crate) mod guest;
 mod host;
 mod images;
 mod operations;
@@ -22,9 +23,9 @@ use std::time::{Duration, SystemTime};
 use ghost_proto::agent::v1 as message;
 use ghost_proto::agent::v1::{
     access_service_server::AccessServiceServer, event_service_server::EventServiceServer,
-    host_service_server::HostServiceServer, image_service_server::ImageServiceServer,
-    network_service_server::NetworkServiceServer, operation_service_server::OperationServiceServer,
-    vm_service_server::VmServiceServer,
+    guest_service_server::GuestServiceServer, host_service_server::HostServiceServer,
+    image_service_server::ImageServiceServer, network_service_server::NetworkServiceServer,
+    operation_service_server::OperationServiceServer, vm_service_server::VmServiceServer,
 };
 use prost_types::Timestamp;
 use tempfile::TempDir;
@@ -54,6 +55,8 @@ pub(crate) struct State {
     pub(crate) lifetime: Mutex<(i64, i64)>,
     /// Bytes that `Import` received.
     pub(crate) imported: Mutex<Vec<u8>>,
+    /// The inside of all VMs.
+    pub(crate) guest: guest::Memory,
 }
 
 #[derive(Clone)]
@@ -93,6 +96,7 @@ impl FakeAgent {
             authority,
             lifetime: Mutex::new((-60, 86_400)),
             imported: Mutex::default(),
+            guest: guest::Memory::new(),
         });
         let mut agent = Self {
             state,
@@ -196,6 +200,7 @@ fn router(state: &Arc<State>, tls: Option<ServerTlsConfig>) -> Router {
         .add_service(HostServiceServer::new(fake.clone()))
         .add_service(NetworkServiceServer::new(fake.clone()))
         .add_service(EventServiceServer::new(fake.clone()))
+        .add_service(GuestServiceServer::new(fake.clone()))
         .add_service(AccessServiceServer::new(fake))
 }
 

@@ -78,6 +78,33 @@ fn in_state(name: &str, state: VmState) -> Vm {
     Vm {
         state: state.into(),
         nics: Vec::new(),
+        guest: name.starts_with("guest-").then(policy),
+        ..vm(name)
+    }
+}
+
+fn policy() -> GuestPolicy {
+    GuestPolicy {
+        inject: "auto".to_owned(),
+        access: true,
+    }
+}
+
+/// A VM whose agent answers; of `guest-ready` and `guest-silent` cloud-init is over, too.
+fn with_agent(name: &str) -> Vm {
+    let condition = |kind: &str, status: bool, reason: &str| Condition {
+        r#type: kind.to_owned(),
+        status,
+        reason: reason.to_owned(),
+        since: moment(-5),
+    };
+    let over = matches!(name, "guest-ready" | "guest-silent");
+    Vm {
+        conditions: vec![
+            condition("agent", true, "0.1.0"),
+            condition("cloud-init", over, ""),
+        ],
+        guest: Some(policy()),
         ..vm(name)
     }
 }
@@ -100,9 +127,13 @@ impl VmService for Fake {
         refuse(&request.vm)?;
         let vms = self.0.vms.lock().unwrap();
         let found = vms.iter().find(|vm| vm.name == request.vm);
-        Ok(Response::new(
-            found.cloned().unwrap_or_else(|| vm(&request.vm)),
-        ))
+        Ok(Response::new(found.cloned().unwrap_or_else(|| {
+            if request.vm.starts_with("guest-") {
+                with_agent(&request.vm)
+            } else {
+                vm(&request.vm)
+            }
+        })))
     }
 
     async fn list(&self, request: Request<ListVmsRequest>) -> Answer<ListVmsResponse> {
@@ -146,6 +177,9 @@ impl VmService for Fake {
             };
             for state in states {
                 let _ = sender.send(Ok(in_state(&name, state))).await;
+            }
+            if name.starts_with("guest-") {
+                let _ = sender.send(Ok(with_agent(&name))).await;
             }
             match name.as_str() {
                 "vanishing" => {}
