@@ -98,9 +98,9 @@ impl Span {
         let trace = session.trace();
         let mut attributes = vec![
             attribute("request_id", Value::StringValue(trace.request_id().into())),
-            attribute("process.exit.code", Value::IntValue(exit as i64)),
+            attribute("process.exit.code", Value::IntValue(exit.code().into())),
         ];
-        let status = (exit != Exit::Done).then(|| Status {
+        let status = (exit.code() != 0).then(|| Status {
             code: StatusCode::Error as i32,
             message: String::new(),
         });

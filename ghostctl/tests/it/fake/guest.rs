@@ -21,7 +21,7 @@ use prost_types::Timestamp;
 use tempfile::TempDir;
 use tokio::sync::mpsc::Sender;
 use tonic::{Request, Response, Status, Streaming};
-use xxhash_rust::xxh3::Xxh3;
+use twox_hash::XxHash3_128;
 
 use super::{Fake, Stream, error, id_of, moment, refuse, seconds, stream};
 
@@ -407,10 +407,10 @@ impl Fake {
                 .map_err(failed)?;
             let send = |event| sender.send(Ok(ReadGuestFileResponse { event: Some(event) }));
             let _ = send(Event::Opened(opened)).await;
-            let mut hash = Xxh3::new();
+            let mut hash = XxHash3_128::new();
             let mut sent = 0;
             for piece in content.chunks(100_000) {
-                hash.update(piece);
+                hash.write(piece);
                 let _ = send(Event::Data(piece.to_vec().into())).await;
                 sent += piece.len() as u64;
                 if sent >= breaks {
@@ -418,7 +418,7 @@ impl Fake {
                 }
                 tokio::task::yield_now().await;
             }
-            let mut checksum = hash.digest128().to_be_bytes();
+            let mut checksum = hash.finish_128().to_be_bytes();
             if request.path.contains("corrupt") {
                 checksum[0] ^= 1;
             }
@@ -496,9 +496,9 @@ impl Fake {
                 }
             }
         }
-        let mut hash = Xxh3::new();
-        hash.update(&content);
-        let checksum = hash.digest128().to_be_bytes().to_vec();
+        let mut hash = XxHash3_128::new();
+        hash.write(&content);
+        let checksum = hash.finish_128().to_be_bytes().to_vec();
         let same = start.checksum.is_empty() || start.checksum == checksum;
         if !same || content.len() as u64 != start.size_bytes {
             let _ = std::fs::remove_file(&partial);
