@@ -4,12 +4,14 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use ghost_application::guest::GuestOptions;
 use ghost_application::{Application, Options, Ports};
 use ghost_domain::ports::{
     CertificateAuthority, Clock, Hypervisor, ImageCatalogue, NetworkProvider, StateStore,
 };
 use ghost_domain::{Error, ErrorCode, Overcommit, Reserved, Result};
 use ghost_infrastructure::clock::SystemClock;
+use ghost_infrastructure::guest_link::{GuestLinkOptions, GuestProgram, VirtioGuestLinks};
 use ghost_infrastructure::host::LinuxHost;
 use ghost_infrastructure::identity::Authority;
 use ghost_infrastructure::images::{DirectoryImageCache, FileImageCatalogue, ImageCacheOptions};
@@ -35,7 +37,7 @@ pub(crate) struct Adapters {
     authority: Arc<Authority>,
 }
 
-/// Opens the adapters.
+/// Opens the adapters; call it in the runtime on which links to guests shall run.
 ///
 /// # Errors
 /// What cannot be opened and why: the data folder, the store, the CA, the catalogue.
@@ -58,6 +60,15 @@ pub(crate) fn adapters(config: &Config) -> Result<Adapters> {
     });
     let host = Arc::new(LinuxHost::new(data_dir));
     let (hypervisor, networks) = hypervisor(config)?;
+    let program = match &config.guest.program {
+        Some(path) => GuestProgram::at(path.path()),
+        None => GuestProgram::standard(),
+    };
+    let guests = VirtioGuestLinks::new(GuestLinkOptions {
+        program,
+        telemetry_interval: Some(config.guest.telemetry_interval),
+        ..GuestLinkOptions::new(Arc::clone(&clock))
+    });
     let ports = Ports {
         hypervisor,
         storage,
@@ -68,7 +79,7 @@ pub(crate) fn adapters(config: &Config) -> Result<Adapters> {
         host,
         store,
         authority: Arc::clone(&authority) as Arc<dyn CertificateAuthority>,
-        guests: Arc::new(crate::unlinked::Unlinked),
+        guests: Arc::new(guests),
         audit: Arc::new(crate::unlinked::Unlinked),
         clock,
     };
@@ -92,7 +103,13 @@ impl Adapters {
                 memory_percent: config.resources.overcommit.memory.percent(),
                 disk_percent: config.resources.overcommit.disk.percent(),
             },
-            guest: ghost_application::guest::GuestOptions::default(),
+            guest: GuestOptions {
+                inject: config.guest.inject,
+                access: config.guest.access,
+                update: config.guest.update,
+                telemetry_interval: config.guest.telemetry_interval,
+                ..GuestOptions::default()
+            },
             failpoints: crate::failpoints::from_environment()?,
         };
         let application = Application::start(self.ports, options).await?;

@@ -82,6 +82,14 @@ pub(super) fn check(
             "write grpc.listen: off to close the listener".into(),
         );
     }
+    let interval = config.guest.telemetry_interval;
+    if interval < Duration::from_secs(1) || interval > Duration::from_secs(300) {
+        problem(
+            "guest.telemetry_interval",
+            "guests report once in 1s to 5m".into(),
+            "leave it out for 5s".into(),
+        );
+    }
     if config.telemetry.timeout.is_zero() {
         problem(
             "telemetry.timeout",

@@ -7,6 +7,7 @@
 use std::time::Duration;
 
 use ghost_domain::ByteSize;
+use ghost_domain::guest::GuestInject;
 use ghost_infrastructure::libvirt::AcceleratorChoice;
 use ghost_infrastructure::store::Engine;
 use ghost_infrastructure::telemetry::LogFormat;
@@ -210,8 +211,20 @@ sections! {
     /// The link to Ghost Core; no keys yet.
     Core {}
 
-    /// The agent inside guests; no keys yet.
-    Guest {}
+    /// The agent inside guests.
+    Guest {
+        /// How it comes into VMs whose creator does not say.
+        inject: key<GuestInject> = GuestInject::Auto,
+        /// Its program on this host; looked for beside the agent's own and in the folders of the
+        /// packages where it is left out.
+        program: key<Option<FullPath>> = None,
+        /// Whether guests may be entered at all.
+        access: key<bool> = true,
+        /// How often guests report.
+        telemetry_interval: key<Duration> = Duration::from_secs(5),
+        /// Whether agents in guests are replaced where they are not the program of this host.
+        update: key<bool> = true,
+    }
 
     /// Where state is kept.
     Store {

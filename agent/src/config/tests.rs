@@ -281,3 +281,25 @@ proptest::proptest! {
         let _ = load_text(&text, &[]);
     }
 }
+
+#[test]
+fn guests_report_neither_all_the_time_nor_never() {
+    let config = load_text(
+        "guest: {inject: never, program: /opt/ghost-guest, access: false, telemetry_interval: 1s, update: false}\n",
+        &[],
+    )
+    .unwrap_or_else(|faults| panic!("{faults}"))
+    .config
+    .guest;
+    assert_eq!(config.inject, ghost_domain::guest::GuestInject::Never);
+    assert!(!config.access && !config.update);
+    for bad in ["0s", "999ms", "301s"] {
+        let told = told(&format!("guest: {{telemetry_interval: {bad}}}\n"), &[]);
+        assert!(
+            told.contains("guest.telemetry_interval: guests report once in 1s to 5m"),
+            "{told}"
+        );
+    }
+    let told = told("guest: {inject: perhaps}\n", &[]);
+    assert!(told.contains("none of auto, always, never"), "{told}");
+}

@@ -661,6 +661,7 @@ macro_rules! choice {
     };
 }
 
+use ghost_domain::guest::GuestInject;
 use ghost_infrastructure::libvirt::AcceleratorChoice;
 use ghost_infrastructure::store::Engine;
 use ghost_infrastructure::telemetry::LogFormat;
@@ -669,6 +670,11 @@ choice!(AcceleratorChoice {
     "auto" => AcceleratorChoice::Auto,
     "kvm" => AcceleratorChoice::Kvm,
     "tcg" => AcceleratorChoice::Tcg,
+});
+choice!(GuestInject {
+    "auto" => GuestInject::Auto,
+    "always" => GuestInject::Always,
+    "never" => GuestInject::Never,
 });
 choice!(Engine {
     "sled" => Engine::Sled,

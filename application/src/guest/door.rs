@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use ghost_domain::guest::{AuditRecord, GuestLinkStatus};
-use ghost_domain::ports::AuditLog;
+use ghost_domain::ports::{AuditLog, GuestProgramFile};
 use ghost_domain::vm::ObservedPower;
 use ghost_domain::{Error, ErrorCode, Monotonic, Principal, Result, Role, VmId};
 use tokio_util::task::TaskTracker;
@@ -145,6 +145,15 @@ impl Door {
             .because(&error)
             .hint("make room where the agent keeps its state; ghostctl status tells more")),
         }
+    }
+
+    /// The program that the host has for guests. Reads the disk where that has changed.
+    pub(crate) async fn program(&self) -> Option<GuestProgramFile> {
+        let guests = Arc::clone(&self.ports.guests);
+        tokio::task::spawn_blocking(move || guests.program())
+            .await
+            .ok()
+            .flatten()
     }
 
     /// Writes a line without holding up the caller.

@@ -61,7 +61,7 @@ impl GetGuestStatus {
             .registry
             .read(|model| model.find_vm(vm).map(|entry| entry.vm.id))?;
         let status = door.ports.guests.status(id);
-        let program = door.ports.guests.program();
+        let program = door.program().await;
         let now = door.registry.clock().monotonic();
         door.registry.read(|model| {
             let entry = model.vm(id)?;

@@ -19,7 +19,7 @@ impl UpdateGuest {
     /// `GuestUnsupported` where this host has no program to give, and those of every call into a
     /// guest (see [`super::ExecInGuest`]).
     pub async fn execute(&self, principal: &Principal, target: &GuestTarget) -> Result<()> {
-        let Some(program) = self.door.ports.guests.program() else {
+        let Some(program) = self.door.program().await else {
             return Err(Error::new(
                 ErrorCode::GuestUnsupported,
                 "this host has no guest agent to give",

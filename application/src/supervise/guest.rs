@@ -26,8 +26,12 @@ const CLOCK_WITHIN: Duration = Duration::from_secs(60);
 const CLOCK_TRIES: u32 = 3;
 /// Tries to bring one guest's agent to the program that the host has.
 const UPDATE_TRIES: u32 = 3;
-/// How long after a try the next one comes, and how long a guest in use is left alone.
+/// How long after a try the next one comes.
 const UPDATE_AGAIN: Duration = Duration::from_secs(60);
+/// A guest that is in use, or whose next try is to come, is looked at again this often …
+const LOOK_AT_TRIES: Duration = Duration::from_secs(10);
+/// … and the host's program, which a package may replace, this often while any guest runs.
+const LOOK_FOR_PROGRAM: Duration = Duration::from_secs(300);
 
 /// What was last done about a VM.
 #[derive(Clone, Copy)]
@@ -412,8 +416,9 @@ fn rates(
     })
 }
 
-/// How often a guest was tried, and when it may be again.
+/// How often a guest was tried with a program, and when it may be again.
 struct Tries {
+    program: [u8; 32],
     count: u32,
     next: Monotonic,
 }
@@ -423,72 +428,83 @@ pub(super) async fn keep_updated(supervisor: Supervisor) {
     let registry = &supervisor.registry;
     let mut tries: BTreeMap<VmId, Tries> = BTreeMap::new();
     let mut changed = registry.watch();
+    let mut known: Vec<(VmId, Vec<u8>)> = Vec::new();
+    let mut look = tokio::time::Instant::now();
     loop {
         changed.borrow_and_update();
-        // Read anew each time: the host's program is replaced when its package is.
-        let program = supervisor.ports.guests.program();
-        let now = registry.clock().monotonic();
-        let Some(program) = program else {
+        let candidates: Vec<(VmId, Vec<u8>)> = registry.read(|model| {
+            tries.retain(|id, _| model.vms.get(id).is_some_and(is_active));
+            let entries = model.vms.values().filter(|_| model.lockdown.is_none());
+            entries.filter_map(updatable).collect()
+        });
+        if candidates.is_empty() {
+            known.clear();
             if changed.changed().await.is_err() {
                 return;
             }
             continue;
+        }
+        // Most changes of the registry are none here.
+        if candidates == known {
+            match tokio::time::timeout_at(look, changed.changed()).await {
+                Ok(Ok(())) => continue,
+                Ok(Err(_)) => return,
+                Err(_) => {}
+            }
+        }
+        known.clone_from(&candidates);
+        look = tokio::time::Instant::now() + LOOK_FOR_PROGRAM;
+        let Some(program) = supervisor.door.program().await else {
+            continue;
         };
-        let outdated: Vec<VmId> = registry.read(|model| {
-            tries.retain(|id, _| model.vms.get(id).is_some_and(is_active));
-            let of = |entry: &&VmEntry| is_outdated(entry, &program.sha256);
-            model
-                .vms
-                .values()
-                .filter(of)
-                .filter(|entry| model.lockdown.is_none() && entry.vm.spec.guest.access)
-                .map(|entry| entry.vm.id)
-                .collect()
-        });
-        let due = outdated.iter().copied().find(|id| {
-            tries
-                .get(id)
-                .is_none_or(|tries| tries.count < UPDATE_TRIES && tries.next <= now)
-        });
-        if let Some(id) = due {
-            let used = supervisor.ports.guests.status(id).running_calls > 0;
-            let entry = tries.entry(id).or_insert(Tries {
+        for (id, sha256) in candidates {
+            // One that has it keeps its count: else it could claim now this, now that, for ever.
+            if sha256 == program.sha256 {
+                continue;
+            }
+            let now = registry.clock().monotonic();
+            let fresh = || Tries {
+                program: program.sha256,
                 count: 0,
                 next: now,
-            });
-            if !used {
-                entry.count += 1;
-                update(&supervisor, id, entry.count).await;
+            };
+            let tried = tries.entry(id).or_insert_with(fresh);
+            if tried.program != program.sha256 {
+                *tried = fresh();
             }
-            entry.next = registry.clock().monotonic().after(UPDATE_AGAIN);
-            continue;
+            if tried.count >= UPDATE_TRIES {
+                continue;
+            }
+            // Looked at again soon.
+            known.clear();
+            let used = supervisor.ports.guests.status(id).running_calls > 0;
+            if tried.next > now || used {
+                continue;
+            }
+            tried.count += 1;
+            update(&supervisor, id, tried.count).await;
+            tried.next = registry.clock().monotonic().after(UPDATE_AGAIN);
         }
-        let waiting = outdated.iter().any(|id| {
-            tries
-                .get(id)
-                .is_some_and(|tries| tries.count < UPDATE_TRIES)
-        });
-        let woken = changed.changed();
-        if waiting {
-            drop(tokio::time::timeout(UPDATE_AGAIN, woken).await);
-        } else if woken.await.is_err() {
-            return;
+        if known.is_empty() {
+            drop(tokio::time::timeout(LOOK_AT_TRIES, changed.changed()).await);
         }
     }
 }
 
-fn is_outdated(entry: &VmEntry, program: &[u8; 32]) -> bool {
-    entry.guest.connected
+/// A guest whose agent may be replaced, with the checksum of the one it has.
+fn updatable(entry: &VmEntry) -> Option<(VmId, Vec<u8>)> {
+    let hello = entry.guest.hello.as_ref()?;
+    let running = entry
+        .observation
+        .as_ref()
+        .is_some_and(|seen| seen.power == ObservedPower::Running);
+    let may = entry.guest.connected
+        && running
+        && entry.vm.spec.guest.access
         && entry.vm.spec.guest.inject != GuestInject::Never
-        && entry
-            .observation
-            .as_ref()
-            .is_some_and(|seen| seen.power == ObservedPower::Running)
-        && entry.guest.hello.as_ref().is_some_and(|hello| {
-            !hello.program_sha256.is_empty()
-                && hello.program_sha256 != program
-                && can(hello, "update")
-        })
+        && can(hello, "update")
+        && !hello.program_sha256.is_empty();
+    may.then(|| (entry.vm.id, hello.program_sha256.clone()))
 }
 
 async fn update(supervisor: &Supervisor, id: VmId, attempt: u32) {
