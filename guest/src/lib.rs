@@ -16,10 +16,13 @@
 pub mod accounts;
 pub mod channel;
 pub mod clock;
+pub mod config;
 pub mod engine;
 pub mod exec;
 pub mod files;
 pub mod freeze;
+pub mod http;
+pub mod install;
 pub mod log;
 pub mod options;
 pub mod power;

@@ -7,15 +7,22 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ghost_guest::{Channel, End, Options, channel, freeze, log, serve, update};
+use ghost_guest::config::Config;
+use ghost_guest::install::{Install, Outcome, Service};
+use ghost_guest::{Channel, End, Options, channel, config, freeze, http, log, serve, update};
 
 const USAGE: &str = "\
-usage: ghost-guest run [--device PATH | --socket PATH] [--supervised]
+usage: ghost-guest run [--device PATH | --socket PATH] [--config PATH] [--supervised]
+       ghost-guest install [--service auto|systemd|openrc|sysv|none] [--prefix PATH] [--root PATH] [--force]
+       ghost-guest status [--config PATH]
        ghost-guest version
 ";
 
-/// While there is no channel, and after one that went.
-const RETRY: Duration = Duration::from_secs(1);
+/// How often a channel is looked for: often while the guest boots and its drivers come, then now and
+/// then, as in a machine that has none.
+const RETRY: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(2)];
+/// How many times often.
+const SOON: u32 = 100;
 
 fn main() -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
@@ -45,12 +52,10 @@ fn command(arguments: &[OsString]) -> Result<(), Stop> {
         .collect();
     match words.as_slice() {
         ["run", rest @ ..] => run(rest, arguments),
-        ["version" | "--version" | "-V"] => {
-            let text = format!("ghost-guest {}\n", ghost_guest::VERSION);
-            std::io::stdout()
-                .write_all(text.as_bytes())
-                .map_err(|error| Stop::Failed(error.to_string()))
-        }
+        ["install", rest @ ..] => install(rest),
+        ["status", rest @ ..] => status(rest),
+        ["version" | "--version" | "-V"] => print(&format!("ghost-guest {}\n", ghost_guest::VERSION)),
+        ["help" | "--help" | "-h"] => print(USAGE),
         ["watch-update", program, run, process, supervised, rest @ ..] => {
             let process = process
                 .parse()
@@ -75,7 +80,100 @@ fn command(arguments: &[OsString]) -> Result<(), Stop> {
 struct Run {
     device: Option<PathBuf>,
     socket: Option<PathBuf>,
+    config: Option<PathBuf>,
     supervised: bool,
+}
+
+fn print(text: &str) -> Result<(), Stop> {
+    std::io::stdout()
+        .write_all(text.as_bytes())
+        .map_err(|error| Stop::Failed(error.to_string()))
+}
+
+fn install(words: &[&str]) -> Result<(), Stop> {
+    let mut install = Install::default();
+    let mut words = words.iter();
+    while let Some(word) = words.next() {
+        let mut value = || {
+            words
+                .next()
+                .copied()
+                .ok_or_else(|| Stop::Usage(format!("{word} needs a value")))
+        };
+        match *word {
+            "--service" => {
+                let name = value()?;
+                install.service = match name {
+                    "auto" => None,
+                    name => Some(
+                        Service::parse(name)
+                            .ok_or_else(|| Stop::Usage(format!("unknown service {name:?}")))?,
+                    ),
+                };
+            }
+            "--prefix" => install.prefix = value()?.into(),
+            "--root" => install.root = value()?.into(),
+            "--force" => install.force = true,
+            other => return Err(Stop::Usage(format!("unknown option {other:?}"))),
+        }
+    }
+    let failed = |error: std::io::Error| Stop::Failed(format!("not installed: {error}"));
+    let source = std::env::current_exe().map_err(failed)?;
+    let said = match install.run(&source, ghost_guest::VERSION).map_err(failed)? {
+        Outcome::Installed => format!("installed version {}\n", ghost_guest::VERSION),
+        Outcome::Unchanged => format!("version {} is installed already\n", ghost_guest::VERSION),
+        Outcome::NewerKept(version) => format!("version {version} is newer and was kept\n"),
+    };
+    print(&said)
+}
+
+/// What stands between this guest and its host, layer by layer.
+fn status(words: &[&str]) -> Result<(), Stop> {
+    let path = match words {
+        [] => config::PATH,
+        ["--config", path] => path,
+        _ => return Err(Stop::Usage("status takes --config only".into())),
+    };
+    let mut text = format!("version: {}\n", ghost_guest::VERSION);
+    let mut well = true;
+    match Config::read(path.as_ref()) {
+        Ok(config) => {
+            let names: Vec<&str> = config.capabilities.iter().map(|one| one.as_str()).collect();
+            text += &format!("configuration: good\nallowed: {}\n", names.join(" "));
+        }
+        Err(why) => {
+            well = false;
+            text += &format!("configuration: {why}\nallowed: telemetry\n");
+        }
+    }
+    match channel::find_port("/".as_ref()) {
+        None => {
+            well = false;
+            text += "port: none named org.ghost.agent.0\nagent: cannot run\n";
+        }
+        Some(port) => {
+            text += &format!("port: {}\n", port.display());
+            match Channel::open_port(&port) {
+                Err(error) if error.raw_os_error() == Some(16) => {
+                    text += "agent: running (it holds the port)\n";
+                }
+                Err(error) => {
+                    well = false;
+                    text += &format!("agent: unknown: {error}\n");
+                }
+                Ok(_) => {
+                    well = false;
+                    text += "agent: not running (nobody holds the port)\n";
+                }
+            }
+        }
+    }
+    print(&text)?;
+    if well {
+        Ok(())
+    } else {
+        Err(Stop::Failed("the host cannot use this guest's agent".into()))
+    }
 }
 
 fn parse_run(words: &[&str]) -> Result<Run, Stop> {
@@ -91,6 +189,7 @@ fn parse_run(words: &[&str]) -> Result<Run, Stop> {
         match *word {
             "--device" => run.device = Some(value()?),
             "--socket" => run.socket = Some(value()?),
+            "--config" => run.config = Some(value()?),
             "--supervised" => run.supervised = true,
             other => return Err(Stop::Usage(format!("unknown option {other:?}"))),
         }
@@ -101,7 +200,15 @@ fn parse_run(words: &[&str]) -> Result<Run, Stop> {
 fn run(words: &[&str], arguments: &[OsString]) -> Result<(), Stop> {
     let run = parse_run(words)?;
     let program = std::env::current_exe().ok();
+    let path = run.config.as_deref().unwrap_or(config::PATH.as_ref());
+    let config = Config::read(path).unwrap_or_else(|why| {
+        log::line(&format!("{why}; nothing but reports until that is put right"));
+        Config::restricted()
+    });
     let mut options = Options {
+        capabilities: config.capabilities,
+        roots: config.roots,
+        hooks: config.hooks,
         adopt_orphans: true,
         program_sha256: program
             .as_ref()
@@ -120,8 +227,14 @@ fn run(words: &[&str], arguments: &[OsString]) -> Result<(), Stop> {
         log::line(&format!("orphans go to process 1: {error}"));
     }
     freeze::Freezer::new(&options).thaw_leftovers();
+    if let Some(listen) = config.http
+        && let Err(error) = http::start(listen, &options.sysroot)
+    {
+        log::line(&format!("no HTTP on {listen}: {error}"));
+    }
     log::line(&format!("version {}", ghost_guest::VERSION));
     let mut told = false;
+    let mut tries = 0u32;
     loop {
         let opened = match (&run.socket, &run.device) {
             (Some(socket), _) => Channel::connect(socket),
@@ -139,6 +252,7 @@ fn run(words: &[&str], arguments: &[OsString]) -> Result<(), Stop> {
         match opened {
             Ok(channel) => {
                 told = false;
+                tries = 0;
                 match serve(&channel, &options) {
                     Ok(End::Closed) => log::line("the channel is closed"),
                     Ok(End::Updated) => {
@@ -163,6 +277,7 @@ fn run(words: &[&str], arguments: &[OsString]) -> Result<(), Stop> {
             }
             Err(_) => {}
         }
-        std::thread::sleep(RETRY);
+        tries = tries.saturating_add(1);
+        std::thread::sleep(RETRY[usize::from(tries > SOON)]);
     }
 }
