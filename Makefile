@@ -8,9 +8,12 @@ UNITDIR ?= $(if $(filter /usr,$(PREFIX)),/usr/lib/systemd/system,/etc/systemd/sy
 IMAGE   ?= tiny
 BUILD   := build
 RELEASE := $(or $(CARGO_TARGET_DIR),target)/release
+# For this target alone the flags below reach the program and not the build's own tools.
+GUEST_TARGET := x86_64-unknown-linux-gnu
+GUEST   := $(or $(CARGO_TARGET_DIR),target)/$(GUEST_TARGET)/guest
 
 .DEFAULT_GOAL := help
-.PHONY: help deps cargo-there build images demo test lint proto bench install uninstall clean
+.PHONY: help deps cargo-there build guest guest-packages images demo test lint proto bench install uninstall clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,8 +30,21 @@ cargo-there:
 	  echo "make: under sudo the PATH may lack it: sudo env PATH=\"\$$PATH\" make ..." >&2; \
 	  exit 1; }
 
-build: cargo-there ## release binaries
-	$(CARGO) build --release --workspace --bins --locked
+build: cargo-there guest ## release binaries
+	$(CARGO) build --release --workspace --exclude ghost-guest --bins --locked
+	@# Where the host agent looks first.
+	install -m 0755 $(BUILD)/guest/ghost-guest $(RELEASE)/ghost-guest
+
+guest: cargo-there ## the agent inside VMs: one static program, under build/guest/
+	RUSTFLAGS='-C target-feature=+crt-static' $(CARGO) build --profile guest --target $(GUEST_TARGET) -p ghost-guest --locked
+	install -D -m 0755 $(GUEST)/ghost-guest $(BUILD)/guest/ghost-guest
+
+guest-packages: guest ## the same as .deb and .rpm (needs cargo-deb and cargo-generate-rpm)
+	@for tool in cargo-deb cargo-generate-rpm; do command -v $$tool >/dev/null || { \
+	  echo "make: $$tool is missing: cargo install $$tool" >&2; exit 1; }; done
+	cd guest && $(CARGO) deb --no-build --no-strip --profile guest --target $(GUEST_TARGET) --output $(CURDIR)/$(BUILD)/guest/
+	$(CARGO) generate-rpm -p guest --profile guest --target $(GUEST_TARGET) --output $(BUILD)/guest/
+	@ls -l $(BUILD)/guest/
 
 images: ## both guest images, under build/images/ (root)
 	deploy/images/build-tiny.sh $(BUILD)/images/tiny.qcow2
@@ -56,6 +72,7 @@ bench: build ## the figures that the README quotes (root)
 install: build ## binaries, unit, configuration, completions and manuals
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(UNITDIR) $(DESTDIR)$(SYSCONF)/ghost
 	install -m 0755 $(RELEASE)/ghost-agent $(RELEASE)/ghostctl $(DESTDIR)$(PREFIX)/bin/
+	install -D -m 0755 $(BUILD)/guest/ghost-guest $(DESTDIR)$(PREFIX)/lib/ghost/ghost-guest
 	sed 's|/usr/local/bin|$(PREFIX)/bin|' deploy/systemd/ghost-agent.service >$(DESTDIR)$(UNITDIR)/ghost-agent.service
 	chmod 0644 $(DESTDIR)$(UNITDIR)/ghost-agent.service
 	@# An owner's configuration is never overwritten.
@@ -74,6 +91,7 @@ install: build ## binaries, unit, configuration, completions and manuals
 
 uninstall: ## what install wrote; configuration and state stay
 	rm -f $(DESTDIR)$(PREFIX)/bin/ghost-agent $(DESTDIR)$(PREFIX)/bin/ghostctl $(DESTDIR)$(UNITDIR)/ghost-agent.service
+	rm -f $(DESTDIR)$(PREFIX)/lib/ghost/ghost-guest
 	rm -f $(DESTDIR)$(PREFIX)/share/bash-completion/completions/ghostctl $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_ghostctl \
 	  $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/ghostctl.fish $(DESTDIR)$(PREFIX)/share/man/man1/ghostctl.1
 

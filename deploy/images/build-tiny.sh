@@ -14,6 +14,15 @@ MODULES=(virtio_pci virtio_blk virtio_scsi sd_mod sr_mod virtio_net virtio_conso
 need apt-get dpkg-deb busybox cpio zstd depmod mke2fs sfdisk grub-mkimage qemu-img python3 flock
 [ -f /usr/lib/grub/i386-pc/boot.img ] || die "grub-pc-bin is not installed; run deploy/host-setup.sh"
 
+# The agent is part of this guest; a program built elsewhere may be named.
+ROOT=$(realpath "$HERE/../..")
+GUEST=${GHOST_GUEST_PROGRAM:-$ROOT/build/guest/ghost-guest}
+if [ ! -f "$GUEST" ]; then
+    say "building ghost-guest"
+    make --no-print-directory -C "$ROOT" guest >&2
+fi
+[ -f "$GUEST" ] || die "there is no $GUEST"
+
 KERNEL=$(newest_dependency linux-image-cloud-amd64)
 if [ -z "$KERNEL" ]; then
     # A fresh host or container has no package lists yet.
@@ -24,7 +33,7 @@ if [ -z "$KERNEL" ]; then
 fi
 # --no-all-versions alone would name the installed one; the candidate is what apt-get download brings.
 KERNEL_VERSION=$(apt-cache policy "$KERNEL" | awk '$1 == "Candidate:" { print $2 }')
-KEY=$(content_key "$0" "$HERE/common.sh" "$HERE"/tiny/* -- "$KERNEL" "$KERNEL_VERSION" "$(dpkg-query -W busybox-static)")
+KEY=$(content_key "$0" "$HERE/common.sh" "$HERE"/tiny/* "$GUEST" -- "$KERNEL" "$KERNEL_VERSION" "$(dpkg-query -W busybox-static)")
 
 CACHE=$(cache_dir)
 mkdir -p "$CACHE"
@@ -64,6 +73,7 @@ printf '#!/bin/sh\nexec /bin/sh "$@"\n' >"$R/bin/bash" && chmod 0755 "$R/bin/bas
 install -m 0755 "$HERE/tiny/init" "$R/init"
 install -m 0755 "$HERE"/tiny/{rc,rc.down,dhcp,seed,user-data} "$R/etc/"
 install -m 0644 "$HERE"/tiny/{inittab,profile} "$R/etc/"
+install -m 0755 "$GUEST" "$R/sbin/ghost-guest"
 # busybox acpid calls the power button this.
 install -m 0755 "$HERE/tiny/power-button" "$R/etc/acpi/PWRF/00000080"
 echo 'root::0:0:root:/root:/bin/sh' >"$R/etc/passwd"

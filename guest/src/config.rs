@@ -112,7 +112,9 @@ impl Config {
             config.capabilities.retain(|other| *other != one);
             // A terminal without programs is nothing.
             if one == Capability::Exec {
-                config.capabilities.retain(|other| *other != Capability::Pty);
+                config
+                    .capabilities
+                    .retain(|other| *other != Capability::Pty);
             }
         }
         if let Some(hooks) = file.hooks {

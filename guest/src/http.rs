@@ -236,7 +236,10 @@ mod tests {
             address,
             "GET /metrics?x=1 HTTP/1.1\r\naccept: application/openmetrics-text;version=1.0.0,text/plain;q=0.5\r\n\r\n",
         );
-        assert!(text.contains("\nghost_guest_memory_usage_percent "), "{text}");
+        assert!(
+            text.contains("\nghost_guest_memory_usage_percent "),
+            "{text}"
+        );
         assert!(get(address, "GET /health HTTP/1.0\r\n\r\n").contains("\"status\":\"ok\""));
         for (request, status) in [
             ("POST /metrics HTTP/1.1\r\n\r\n", "405"),

@@ -54,7 +54,9 @@ fn command(arguments: &[OsString]) -> Result<(), Stop> {
         ["run", rest @ ..] => run(rest, arguments),
         ["install", rest @ ..] => install(rest),
         ["status", rest @ ..] => status(rest),
-        ["version" | "--version" | "-V"] => print(&format!("ghost-guest {}\n", ghost_guest::VERSION)),
+        ["version" | "--version" | "-V"] => {
+            print(&format!("ghost-guest {}\n", ghost_guest::VERSION))
+        }
         ["help" | "--help" | "-h"] => print(USAGE),
         ["watch-update", program, run, process, supervised, rest @ ..] => {
             let process = process
@@ -172,7 +174,9 @@ fn status(words: &[&str]) -> Result<(), Stop> {
     if well {
         Ok(())
     } else {
-        Err(Stop::Failed("the host cannot use this guest's agent".into()))
+        Err(Stop::Failed(
+            "the host cannot use this guest's agent".into(),
+        ))
     }
 }
 
@@ -202,7 +206,9 @@ fn run(words: &[&str], arguments: &[OsString]) -> Result<(), Stop> {
     let program = std::env::current_exe().ok();
     let path = run.config.as_deref().unwrap_or(config::PATH.as_ref());
     let config = Config::read(path).unwrap_or_else(|why| {
-        log::line(&format!("{why}; nothing but reports until that is put right"));
+        log::line(&format!(
+            "{why}; nothing but reports until that is put right"
+        ));
         Config::restricted()
     });
     let mut options = Options {

@@ -137,15 +137,23 @@ impl Install {
         let service = self.service.unwrap_or_else(|| Service::detect(&self.root));
         let (path, text, mode) = match service {
             Service::None => return Ok(false),
-            Service::Systemd => ("/etc/systemd/system/ghost-guest.service", systemd(program), 0o644),
+            Service::Systemd => (
+                "/etc/systemd/system/ghost-guest.service",
+                systemd(program),
+                0o644,
+            ),
             Service::OpenRc => ("/etc/init.d/ghost-guest", openrc(program), 0o755),
             Service::SysV => ("/etc/init.d/ghost-guest", sysv(program), 0o755),
         };
         // A package brings its own unit.
         let packaged = service == Service::Systemd
             && program == Path::new("/usr/sbin/ghost-guest")
-            && (self.inside(Path::new("/lib/systemd/system/ghost-guest.service")).exists()
-                || self.inside(Path::new("/usr/lib/systemd/system/ghost-guest.service")).exists());
+            && (self
+                .inside(Path::new("/lib/systemd/system/ghost-guest.service"))
+                .exists()
+                || self
+                    .inside(Path::new("/usr/lib/systemd/system/ghost-guest.service"))
+                    .exists());
         let file = self.inside(Path::new(path));
         let changed = !packaged && fs::read_to_string(&file).ok().as_deref() != Some(&text);
         if changed {
@@ -338,7 +346,10 @@ mod tests {
             root: root.path().to_path_buf(),
             ..Install::default()
         };
-        let (old, new) = (program(root.path(), "0.9.9"), program(root.path(), "0.10.0"));
+        let (old, new) = (
+            program(root.path(), "0.9.9"),
+            program(root.path(), "0.10.0"),
+        );
         install.run(&new, "0.10.0").unwrap();
         assert_eq!(
             install.run(&old, "0.9.9").unwrap(),
