@@ -41,6 +41,7 @@ use ghost_domain::{Error, ErrorCode, Result, VmId};
 use parking_lot::RwLock;
 use tokio::runtime::Handle;
 
+pub(crate) use program::missing as missing_program;
 pub use program::{GuestProgram, MOST_PROGRAM_BYTES, PROGRAM_NAME};
 
 use events::Broadcast;
@@ -333,7 +334,7 @@ impl GuestLinks for VirtioGuestLinks {
         })
         .await?;
         let Some((program, file)) = found else {
-            return Err(program::missing(&self.program));
+            return Err(missing_program(&self.program));
         };
         if session.hello.program_sha256 == program.sha256 {
             return Ok(());

@@ -7,6 +7,7 @@
 //! - links are never followed, and a disk that is there is never replaced.
 
 mod console;
+mod inject;
 mod log;
 mod seed;
 mod user_data;
@@ -22,9 +23,12 @@ use ghost_domain::ports::{ConsoleSession, LogReader, Seed, VmStorage, VmStorageU
 use ghost_domain::vm::CloudInit;
 use ghost_domain::{ByteSize, Error, ErrorCode, ImageFormat, Result, VmId};
 
+use inject::Injected;
+
+use crate::guest_link::GuestProgram;
 use crate::images::files::{
-    RemoveOnDrop, blocking, blocking_long, io_error, make_passable_folder, open_plain, publish,
-    remove_if_there, sync_folder, write_whole,
+    RemoveOnDrop, TemporaryFile, blocking, blocking_long, io_error, make_passable_folder,
+    open_plain, publish, remove_if_there, sync_folder,
 };
 use crate::images::header::{HEAD_LENGTH, Qcow2Header};
 use crate::images::qemu_img::QemuImg;
@@ -36,14 +40,17 @@ pub struct VmStorageOptions {
     pub data_dir: PathBuf,
     /// QEMU's image tool.
     pub qemu_img: PathBuf,
+    /// The guest agent's program, for the seeds.
+    pub guest_program: GuestProgram,
 }
 
 impl VmStorageOptions {
-    /// With Debian's `qemu-img`.
+    /// With Debian's `qemu-img`, and the guest agent's program where packages put it.
     pub fn new(data_dir: impl Into<PathBuf>) -> Self {
         Self {
             data_dir: data_dir.into(),
             qemu_img: PathBuf::from("/usr/bin/qemu-img"),
+            guest_program: GuestProgram::standard(),
         }
     }
 }
@@ -53,6 +60,7 @@ impl VmStorageOptions {
 pub struct DirectoryVmStorage {
     vms: PathBuf,
     qemu_img: QemuImg,
+    guest_program: GuestProgram,
     attached: Arc<console::Attached>,
 }
 
@@ -69,6 +77,7 @@ impl DirectoryVmStorage {
         Ok(Self {
             vms,
             qemu_img: QemuImg::new(options.qemu_img),
+            guest_program: options.guest_program,
             attached: Arc::default(),
         })
     }
@@ -247,9 +256,15 @@ impl VmStorage for DirectoryVmStorage {
     async fn write_seed(&self, seed: &Seed) -> Result<()> {
         let path = self.seed_path(seed.vm);
         let seed = seed.clone();
+        let program = self.guest_program.clone();
         blocking(move |_| {
-            let bytes = seed::image(&seed)?;
-            write_whole(&path, &bytes, 0o600).map_err(|error| io_error("write", &path, &error))
+            let mut injected = Injected::find(seed.inject, &program)?;
+            let failed = |error: io::Error| io_error("write", &path, &error);
+            let mut name = path.as_os_str().to_owned();
+            name.push(".new");
+            let temporary = TemporaryFile::at(PathBuf::from(name)).map_err(failed)?;
+            seed::write(&seed, injected.as_mut(), &temporary.file)?.map_err(failed)?;
+            temporary.publish(&path, 0o600).map_err(failed)
         })
         .await
     }

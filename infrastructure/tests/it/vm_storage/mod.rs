@@ -2,9 +2,11 @@
 
 mod console;
 mod disk;
+mod inject;
 mod log;
 mod seed;
 
+use ghost_infrastructure::guest_link::GuestProgram;
 use ghost_infrastructure::vm_storage::{DirectoryVmStorage, VmStorageOptions};
 use tempfile::TempDir;
 
@@ -16,8 +18,16 @@ struct Fixture {
 
 impl Fixture {
     fn new() -> Self {
+        Self::with_program(GuestProgram::none())
+    }
+
+    fn with_program(guest_program: GuestProgram) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let storage = DirectoryVmStorage::open(VmStorageOptions::new(folder.path())).unwrap();
+        let storage = DirectoryVmStorage::open(VmStorageOptions {
+            guest_program,
+            ..VmStorageOptions::new(folder.path())
+        })
+        .unwrap();
         Self { folder, storage }
     }
 }

@@ -1,0 +1,187 @@
+//! Seeds that bring the guest agent along.
+
+use std::fs;
+use std::io::{Cursor, Read};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use ghost_domain::ErrorCode;
+use ghost_domain::guest::GuestInject;
+use ghost_domain::ports::{Seed, VmStorage};
+use ghost_domain::vm::CloudInit;
+use ghost_domain::{VmId, VmName};
+use ghost_infrastructure::guest_link::{GuestProgram, MOST_PROGRAM_BYTES};
+use sha2::{Digest, Sha256};
+
+use super::Fixture;
+
+/// Bytes as a program has them: not all alike, and not a whole number of clusters.
+fn program(folder: &Path, size: usize) -> (PathBuf, Vec<u8>) {
+    let bytes: Vec<u8> = (0..size).map(|at| (at * at % 251) as u8).collect();
+    let path = folder.join("ghost-guest");
+    fs::write(&path, &bytes).unwrap();
+    (path, bytes)
+}
+
+fn seed(inject: GuestInject, user: Option<&str>) -> Seed {
+    Seed {
+        vm: VmId::random(),
+        hostname: VmName::new("web-1").unwrap(),
+        cloud_init: CloudInit {
+            user: user.map(str::to_owned),
+            user_data: Some("#!/bin/sh\necho hello\n".to_owned()),
+            ..CloudInit::default()
+        },
+        inject,
+    }
+}
+
+async fn written(fixture: &Fixture, seed: &Seed) -> PathBuf {
+    fixture.storage.create_folder(seed.vm).await.unwrap();
+    fixture.storage.write_seed(seed).await.unwrap();
+    fixture.storage.seed_path(seed.vm)
+}
+
+fn read(image: &Path, name: &str) -> Option<Vec<u8>> {
+    let volume = fatfs::FileSystem::new(
+        Cursor::new(fs::read(image).unwrap()),
+        fatfs::FsOptions::new(),
+    )
+    .unwrap();
+    let mut bytes = Vec::new();
+    volume
+        .root_dir()
+        .open_file(name)
+        .ok()?
+        .read_to_end(&mut bytes)
+        .unwrap();
+    Some(bytes)
+}
+
+#[tokio::test]
+async fn the_program_travels_whole_and_others_read_the_volume() {
+    let folder = tempfile::tempdir().unwrap();
+    for size in [
+        1,
+        8192,
+        3_500_001,
+        usize::try_from(MOST_PROGRAM_BYTES).unwrap(),
+    ] {
+        let (path, bytes) = program(folder.path(), size);
+        let fixture = Fixture::with_program(GuestProgram::at(path));
+        let seed = seed(GuestInject::Auto, Some("alice"));
+        let image = written(&fixture, &seed).await;
+        assert!(read(&image, "ghost-guest").unwrap() == bytes, "{size}");
+        assert_eq!(
+            read(&image, "user-data").unwrap(),
+            b"#!/bin/sh\necho hello\n"
+        );
+        let length = fs::metadata(&image).unwrap().len();
+        assert!(length <= size as u64 + (4 << 20), "{size}: {length}");
+        for (tool, arguments) in [
+            ("/usr/sbin/fsck.vfat", &["-n"][..]),
+            ("/usr/sbin/blkid", &["-p", "-o", "export"]),
+        ] {
+            let output = Command::new(tool)
+                .args(arguments)
+                .arg(&image)
+                .output()
+                .unwrap_or_else(|error| panic!("{tool} is needed: {error}"));
+            let text = String::from_utf8_lossy(&output.stdout).into_owned();
+            assert!(output.status.success(), "{size}: {text}");
+            assert!(
+                !tool.ends_with("blkid") || text.contains("LABEL=cidata"),
+                "{text}"
+            );
+        }
+        // Written again it is the same.
+        let first = fs::read(&image).unwrap();
+        fixture.storage.write_seed(&seed).await.unwrap();
+        assert!(first == fs::read(&image).unwrap());
+    }
+}
+
+#[tokio::test]
+async fn vendor_data_brings_it_in_beside_the_user() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, bytes) = program(folder.path(), 100);
+    let sum = hex::encode(Sha256::digest(&bytes));
+    let fixture = Fixture::with_program(GuestProgram::at(path));
+    let vendor_data = async |inject, user| {
+        let image = written(&fixture, &seed(inject, user)).await;
+        String::from_utf8(read(&image, "vendor-data").unwrap()).unwrap()
+    };
+    let plain = vendor_data(GuestInject::Auto, None).await;
+    assert!(
+        plain.starts_with("#cloud-boothook\n#!/bin/sh\n"),
+        "{plain:.60}"
+    );
+    assert!(plain.contains(&format!("GHOST_GUEST_SHA256={sum}\n")));
+    let both = vendor_data(GuestInject::Always, Some("alice")).await;
+    let parts = both.strip_prefix("#cloud-config-archive\n").unwrap();
+    let parts: Vec<std::collections::BTreeMap<String, String>> =
+        serde_saphyr::from_str(parts).unwrap();
+    assert_eq!(parts.len(), 2);
+    assert_eq!(parts[0]["type"], "text/cloud-config");
+    let ours: serde_json::Value = serde_saphyr::from_str(&parts[0]["content"]).unwrap();
+    assert_eq!(ours["user"]["name"], "alice");
+    assert_eq!(parts[1]["type"], "text/cloud-boothook");
+    // Byte for byte what stands alone otherwise, but for the word that says how.
+    let always = plain.replace("GHOST_GUEST_INSTALL=\n", "GHOST_GUEST_INSTALL=--force\n");
+    assert_eq!(parts[1]["content"], always);
+}
+
+/// The shells of the guests that it must run in.
+#[tokio::test]
+async fn shells_can_read_the_script() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, _) = program(folder.path(), 100);
+    let fixture = Fixture::with_program(GuestProgram::at(path));
+    let image = written(&fixture, &seed(GuestInject::Auto, None)).await;
+    let script = read(&image, "vendor-data").unwrap();
+    let file = folder.path().join("script");
+    fs::write(&file, &script[b"#cloud-boothook\n".len()..]).unwrap();
+    for shell in [
+        &["/bin/sh"][..],
+        &["/bin/bash", "--posix"],
+        &["/bin/busybox", "sh"],
+    ] {
+        let output = Command::new(shell[0])
+            .args(&shell[1..])
+            .arg("-n")
+            .arg(&file)
+            .output();
+        match output {
+            Ok(output) => assert!(
+                output.status.success(),
+                "{shell:?}: {}",
+                String::from_utf8_lossy(&output.stderr)
+            ),
+            Err(error) => println!("skipped {shell:?}: {error}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn without_a_program_auto_does_without_and_always_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let fixture = Fixture::with_program(GuestProgram::at(folder.path().join("ghost-guest")));
+    let image = written(&fixture, &seed(GuestInject::Auto, None)).await;
+    assert_eq!(
+        (read(&image, "ghost-guest"), read(&image, "vendor-data")),
+        (None, None)
+    );
+    let always = seed(GuestInject::Always, None);
+    fixture.storage.create_folder(always.vm).await.unwrap();
+    let error = fixture.storage.write_seed(&always).await.unwrap_err();
+    assert_eq!(error.code(), ErrorCode::IoFailed);
+    assert!(error.to_string().contains("ghost-guest"), "{error}");
+    assert!(error.hint_text().is_some());
+    let left = fs::read_dir(fixture.storage.seed_path(always.vm).parent().unwrap()).unwrap();
+    assert_eq!(left.count(), 0);
+    // One that is there and must not be carried is not.
+    let (path, _) = program(folder.path(), 100);
+    let fixture = Fixture::with_program(GuestProgram::at(path));
+    let image = written(&fixture, &seed(GuestInject::Never, None)).await;
+    assert_eq!(read(&image, "ghost-guest"), None);
+}
