@@ -10,6 +10,7 @@ use ghost_domain::ports::{
     CertificateAuthority, Clock, Hypervisor, ImageCatalogue, NetworkProvider, StateStore,
 };
 use ghost_domain::{Error, ErrorCode, Overcommit, Reserved, Result};
+use ghost_infrastructure::audit::{AuditOptions, FileAuditLog};
 use ghost_infrastructure::clock::SystemClock;
 use ghost_infrastructure::guest_link::{GuestLinkOptions, GuestProgram, VirtioGuestLinks};
 use ghost_infrastructure::host::LinuxHost;
@@ -40,7 +41,7 @@ pub(crate) struct Adapters {
 /// Opens the adapters; call it in the runtime on which links to guests shall run.
 ///
 /// # Errors
-/// What cannot be opened and why: the data folder, the store, the CA, the catalogue.
+/// What cannot be opened and why: the data folder, the store, the CA, the catalogue, the audit log.
 pub(crate) fn adapters(config: &Config) -> Result<Adapters> {
     let data_dir = config.agent.data_dir.path();
     prepare_data_dir(data_dir)?;
@@ -69,6 +70,7 @@ pub(crate) fn adapters(config: &Config) -> Result<Adapters> {
         telemetry_interval: Some(config.guest.telemetry_interval),
         ..GuestLinkOptions::new(Arc::clone(&clock))
     });
+    let audit = FileAuditLog::open(AuditOptions::new(data_dir, Arc::clone(&clock)))?;
     let ports = Ports {
         hypervisor,
         storage,
@@ -80,7 +82,7 @@ pub(crate) fn adapters(config: &Config) -> Result<Adapters> {
         store,
         authority: Arc::clone(&authority) as Arc<dyn CertificateAuthority>,
         guests: Arc::new(guests),
-        audit: Arc::new(crate::unlinked::Unlinked),
+        audit: Arc::new(audit),
         clock,
     };
     Ok(Adapters { ports, authority })

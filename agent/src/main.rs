@@ -7,7 +7,6 @@ mod failpoints;
 mod notify;
 mod report;
 mod run;
-mod unlinked;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -244,6 +244,7 @@ impl Application {
             ports: ports.clone(),
             access: options.guest.access,
             tasks: TaskTracker::new(),
+            denials: Default::default(),
         });
         let stop = CancellationToken::new();
         let supervisor = Supervisor {

@@ -33,6 +33,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         ],
     ),
     ("ghostctl", &["ghost-proto"]),
+    ("ghost-guest", &["ghost-proto"]),
     // Looks at everything from outside, by processes and files alone.
     ("ghost-e2e", &["ghost-proto"]),
 ];

@@ -41,11 +41,16 @@ impl RegisterGuestAddress {
             ..AuditRecord::default()
         };
         let outcome = self.register(principal, target, address, &mut record).await;
-        record.outcome = match &outcome {
-            Ok(()) => "ok".into(),
-            Err(error) => failed(error),
-        };
-        door.write_later(record);
+        match &outcome {
+            Ok(()) => {
+                record.outcome = "ok".into();
+                door.write_later(record);
+            }
+            Err(error) => {
+                record.outcome = failed(error);
+                door.write_refusal(record);
+            }
+        }
         outcome
     }
 

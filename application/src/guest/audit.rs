@@ -15,7 +15,7 @@ pub struct ListAuditCommand {
     pub vm: Option<String>,
     /// Only those since then.
     pub since: Option<Timestamp>,
-    /// The newest so many; 0: 1,000. At most 100,000.
+    /// The newest so many; 0: 1,000. At most 10,000.
     pub limit: u32,
 }
 
@@ -47,7 +47,7 @@ impl ListAudit {
         };
         let limit = match command.limit {
             0 => 1_000,
-            limit => limit.min(100_000),
+            limit => limit.min(10_000),
         };
         let limit = usize::try_from(limit).unwrap_or(usize::MAX);
         self.ports.audit.list(vm, command.since, limit).await

@@ -1,11 +1,14 @@
 //! The one way into guests: who may, whether it is open, and the line in the audit log.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use ghost_domain::guest::{AuditRecord, GuestLinkStatus};
 use ghost_domain::ports::{AuditLog, GuestProgramFile};
 use ghost_domain::vm::ObservedPower;
 use ghost_domain::{Error, ErrorCode, Monotonic, Principal, Result, Role, VmId};
+use parking_lot::Mutex;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
@@ -13,6 +16,51 @@ use super::GuestTarget;
 use super::detail::{MAX_DETAIL, escape};
 use crate::application::Ports;
 use crate::registry::{Model, Registry, VmEntry};
+
+/// A line that says how something ended is tried again until the pause has grown to this.
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// Lines about refused calls that one principal makes in a minute. The log is bounded, and who may
+/// do nothing else must not be able to push out what others did.
+const REFUSALS: u32 = 60;
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// Lines about a principal's refused calls within a minute.
+#[derive(Clone, Copy, Debug)]
+struct Refusals {
+    since: Monotonic,
+    written: u32,
+    unwritten: u64,
+}
+
+/// Bounds the lines about refused calls.
+#[derive(Debug, Default)]
+pub(crate) struct Denials(Mutex<BTreeMap<String, Refusals>>);
+
+impl Denials {
+    /// Whether a line is written, with how many were not since the one before.
+    fn count(&self, principal: &str, now: Monotonic) -> Option<u64> {
+        let mut all = self.0.lock();
+        // Principals are as many as there are credentials; those of a minute ago are forgotten.
+        all.retain(|name, one| {
+            name == principal || one.unwritten > 0 || now.since(one.since) < MINUTE
+        });
+        let fresh = Refusals {
+            since: now,
+            written: 0,
+            unwritten: 0,
+        };
+        let one = all.entry(principal.to_owned()).or_insert(fresh);
+        if now.since(one.since) >= MINUTE {
+            (one.since, one.written) = (now, 0);
+        }
+        if one.written >= REFUSALS {
+            one.unwritten += 1;
+            return None;
+        }
+        one.written += 1;
+        Some(std::mem::take(&mut one.unwritten))
+    }
+}
 
 /// See the module's documentation.
 pub(crate) struct Door {
@@ -22,6 +70,7 @@ pub(crate) struct Door {
     pub(crate) access: bool,
     /// Visits and the audit lines that are still to be written.
     pub(crate) tasks: TaskTracker,
+    pub(crate) denials: Denials,
 }
 
 /// A call that has been let in, or turned away with a line about it. Its end is written whatever
@@ -82,7 +131,7 @@ impl Door {
                     | ErrorCode::Lockdown => format!("denied: {}", error.code()),
                     code => format!("failed: {code}"),
                 };
-                self.write_later(AuditRecord { outcome, ..record });
+                self.write_refusal(AuditRecord { outcome, ..record });
                 return Err(error);
             }
         };
@@ -156,6 +205,19 @@ impl Door {
             .flatten()
     }
 
+    /// Writes a line about a call that was refused, unless its principal made very many of them.
+    pub(super) fn write_refusal(&self, mut record: AuditRecord) {
+        let now = self.registry.clock().monotonic();
+        match self.denials.count(&record.principal, now) {
+            None => {}
+            Some(0) => self.write_later(record),
+            Some(unwritten) => {
+                record.outcome = format!("{} (and {unwritten} before it)", record.outcome);
+                self.write_later(record);
+            }
+        }
+    }
+
     /// Writes a line without holding up the caller.
     pub(super) fn write_later(&self, record: AuditRecord) {
         write_later(&self.tasks, &self.ports.audit, record);
@@ -170,8 +232,22 @@ fn write_later(tasks: &TaskTracker, audit: &Arc<dyn AuditLog>, record: AuditReco
     };
     tasks.spawn_on(
         async move {
-            if let Err(error) = audit.append(record.clone()).await {
-                tracing::error!(%error, ?record, "the audit log cannot be written");
+            let mut pause = Duration::from_millis(100);
+            loop {
+                match audit.append(record.clone()).await {
+                    Ok(_) => return,
+                    // The log's disk does not keep up for a moment.
+                    Err(error)
+                        if error.code() == ErrorCode::TooManyRequests && pause < LONGEST_PAUSE =>
+                    {
+                        tokio::time::sleep(pause).await;
+                        pause *= 2;
+                    }
+                    Err(error) => {
+                        tracing::error!(%error, ?record, "the audit log cannot be written");
+                        return;
+                    }
+                }
             }
         },
         &runtime,

@@ -59,7 +59,7 @@ impl SetLockdown {
             ..AuditRecord::default()
         };
         if let Err(error) = principal.require(Role::Admin) {
-            self.door.write_later(AuditRecord {
+            self.door.write_refusal(AuditRecord {
                 outcome: format!("denied: {}", error.code()),
                 ..record
             });

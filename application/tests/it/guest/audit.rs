@@ -303,3 +303,33 @@ async fn an_agent_that_ends_writes_the_ends_of_its_sessions() {
         .await;
     assert_eq!(late.map(drop).unwrap_err().code(), ErrorCode::ShuttingDown);
 }
+
+#[tokio::test]
+async fn who_may_do_nothing_cannot_push_out_what_others_did() {
+    let world = World::new();
+    let agent = world.start().await;
+    agent.with_guest("web").await;
+    let refused = async |who: Role| {
+        let outcome = agent
+            .use_cases
+            .exec_in_guest
+            .execute(&principal(who), &target("nobody"), command())
+            .await;
+        outcome.map(drop).unwrap_err()
+    };
+    for _ in 0..100 {
+        refused(Role::Viewer).await;
+    }
+    refused(Role::Operator).await;
+    agent
+        .eventually("the lines", |agent| agent.world.guests.lines().len() == 61)
+        .await;
+    world.clock.forward(Duration::from_secs(61));
+    refused(Role::Viewer).await;
+    agent
+        .eventually("one more", |agent| agent.world.guests.lines().len() == 62)
+        .await;
+    let last = world.guests.state.lock().audit.last().unwrap().clone();
+    assert_eq!(last.outcome, "denied: permission_denied (and 40 before it)");
+    assert_eq!(last.vm_name, "nobody");
+}
