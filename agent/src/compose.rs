@@ -48,7 +48,15 @@ pub(crate) fn adapters(config: &Config) -> Result<Adapters> {
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
     let store = open_store(config)?;
     let authority = Arc::new(Authority::open(data_dir, Arc::clone(&clock))?);
-    let storage = Arc::new(DirectoryVmStorage::open(VmStorageOptions::new(data_dir))?);
+    // One for seeds and updates: they share what was read of it.
+    let program = match &config.guest.program {
+        Some(path) => GuestProgram::at(path.path()),
+        None => GuestProgram::standard(),
+    };
+    let storage = Arc::new(DirectoryVmStorage::open(VmStorageOptions {
+        guest_program: program.clone(),
+        ..VmStorageOptions::new(data_dir)
+    })?);
     let images = Arc::new(DirectoryImageCache::open(ImageCacheOptions {
         max_virtual_size: config.images.max_virtual_size,
         max_upload: config.images.max_upload,
@@ -61,10 +69,6 @@ pub(crate) fn adapters(config: &Config) -> Result<Adapters> {
     });
     let host = Arc::new(LinuxHost::new(data_dir));
     let (hypervisor, networks) = hypervisor(config)?;
-    let program = match &config.guest.program {
-        Some(path) => GuestProgram::at(path.path()),
-        None => GuestProgram::standard(),
-    };
     let guests = VirtioGuestLinks::new(GuestLinkOptions {
         program,
         telemetry_interval: Some(config.guest.telemetry_interval),
