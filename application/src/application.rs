@@ -245,6 +245,7 @@ impl Application {
             access: options.guest.access,
             tasks: TaskTracker::new(),
             denials: Default::default(),
+            consoles: TaskTracker::new(),
         });
         let stop = CancellationToken::new();
         let supervisor = Supervisor {
@@ -384,10 +385,7 @@ fn use_cases(
             engine: engine(),
             registry: registry(),
         },
-        open_console: vm::OpenConsole {
-            registry: registry(),
-            ports: ports(),
-        },
+        open_console: vm::OpenConsole { door: door() },
         open_log: vm::OpenLog {
             registry: registry(),
             ports: ports(),

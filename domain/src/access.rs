@@ -10,9 +10,9 @@ use crate::{CredentialId, Error, ErrorCode, Timestamp};
 pub enum Role {
     /// Read everything but secrets and consoles.
     Viewer,
-    /// Create, run and delete VMs and images, attach to consoles.
+    /// Create, run and delete VMs and images, attach to consoles, enter guests.
     Operator,
-    /// Issue and revoke credentials.
+    /// Issue and revoke credentials, close all ways into guests, read the audit log.
     Admin,
 }
 

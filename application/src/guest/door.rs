@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ghost_domain::guest::{AuditRecord, GuestLinkStatus};
+use ghost_domain::guest::{AuditRecord, GuestLinkStatus, Lockdown};
 use ghost_domain::ports::{AuditLog, GuestProgramFile};
 use ghost_domain::vm::ObservedPower;
 use ghost_domain::{Error, ErrorCode, Monotonic, Principal, Result, Role, VmId};
@@ -71,6 +71,8 @@ pub(crate) struct Door {
     /// Visits and the audit lines that are still to be written.
     pub(crate) tasks: TaskTracker,
     pub(crate) denials: Denials,
+    /// Serial consoles that somebody is attached to.
+    pub(crate) consoles: TaskTracker,
 }
 
 /// A call that has been let in, or turned away with a line about it. Its end is written whatever
@@ -174,12 +176,7 @@ impl Door {
             check_access(entry, self.access)?;
             match &model.lockdown {
                 None => Ok(()),
-                Some(lockdown) => Err(Error::new(
-                    ErrorCode::Lockdown,
-                    "all ways into guests are closed",
-                )
-                .because(format!("{} did it: {}", lockdown.set_by, lockdown.reason))
-                .hint("an admin opens them again: ghostctl lockdown --lift")),
+                Some(lockdown) => Err(locked(lockdown)),
             }
         })
     }
@@ -203,6 +200,22 @@ impl Door {
             .await
             .ok()
             .flatten()
+    }
+
+    /// Writes the line about an attached console. It need not be there first: on a host whose disk
+    /// is full the console is the way to help.
+    pub(crate) fn attached<T>(&self, record: AuditRecord, outcome: Result<T>) -> Result<T> {
+        match &outcome {
+            Ok(_) => self.write_later(AuditRecord {
+                outcome: "ok".into(),
+                ..record
+            }),
+            Err(error) => self.write_refusal(AuditRecord {
+                outcome: failed(error),
+                ..record
+            }),
+        }
+        outcome
     }
 
     /// Writes a line about a call that was refused, unless its principal made very many of them.
@@ -304,6 +317,13 @@ impl Drop for Visit {
         // The caller went away in the middle.
         self.close("cancelled".into(), 0, 0);
     }
+}
+
+/// What is said while all ways into guests are closed.
+pub(crate) fn locked(lockdown: &Lockdown) -> Error {
+    Error::new(ErrorCode::Lockdown, "all ways into guests are closed")
+        .because(format!("{} did it: {}", lockdown.set_by, lockdown.reason))
+        .hint("an admin opens them again: ghostctl lockdown --lift")
 }
 
 /// The outcome of a line for a call that failed.

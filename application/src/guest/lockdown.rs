@@ -96,7 +96,9 @@ impl SetLockdown {
         let (lockdown, new, sessions_cut) = registry.observe(|model| {
             let new = model.lockdown.is_none();
             let lockdown = model.lockdown.get_or_insert(wanted).clone();
-            (lockdown, new, self.door.ports.guests.lock_down(true))
+            let consoles = u32::try_from(self.door.consoles.len()).unwrap_or(u32::MAX);
+            let cut = self.door.ports.guests.lock_down(true);
+            (lockdown, new, cut.saturating_add(consoles))
         });
         if new {
             registry.tell(

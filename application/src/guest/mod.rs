@@ -23,7 +23,7 @@ use ghost_domain::guest::GuestInject;
 pub use address::RegisterGuestAddress;
 pub use audit::{ListAudit, ListAuditCommand, VerifyAudit};
 pub(crate) use detail::escape;
-pub(crate) use door::Door;
+pub(crate) use door::{Door, locked};
 pub use exec::ExecInGuest;
 pub use files::{
     ListGuestFiles, ListGuestFilesCommand, MakeGuestDirectory, ReadGuestFile, ReadGuestFileCommand,

@@ -354,24 +354,24 @@ async fn after_a_boot_of_the_host_autostart_comes_in_order_and_once() {
     state_becomes(&agent, "second", VmState::Running).await;
     agent.idle().await;
     assert_eq!(agent.state("manual").await, VmState::Stopped);
-    let started: Vec<String> = {
-        let command = ghost_application::operation::ListOperationsCommand {
-            vm: None,
-            all: true,
-        };
-        let mut views = agent
-            .use_cases
-            .list_operations
-            .execute(&Agent::me(), &command)
-            .await
-            .unwrap();
-        views.retain(|view| view.operation.kind.name() == "start_vm");
-        views.sort_by_key(|view| view.operation.created_at);
-        views
-            .iter()
-            .map(|view| view.operation.subject.clone())
-            .collect()
+    // By the events, which are numbered: two operations may be of one millisecond.
+    let replay = ghost_application::event::WatchEventsCommand {
+        vm: None,
+        replay: true,
     };
+    let (mut events, _) = agent
+        .use_cases
+        .watch_events
+        .execute(&Agent::me(), &replay)
+        .await
+        .unwrap();
+    let started: Vec<String> = std::iter::from_fn(|| events.replayed())
+        .filter(|event| {
+            let pending = ghost_domain::OperationStatus::Pending;
+            matches!(&event.kind, EventKind::Operation { status, .. } if *status == pending)
+        })
+        .map(|event| event.subject)
+        .collect();
     assert_eq!(started, ["first", "second"]);
     // The owner stops one; a restart of the agent in the same boot leaves it off.
     let stop = ghost_application::vm::StopCommand {

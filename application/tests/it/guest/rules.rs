@@ -394,6 +394,28 @@ async fn a_lockdown_is_in_force_at_once_also_where_it_cannot_be_recorded() {
 }
 
 #[tokio::test]
+async fn a_lockdown_closes_consoles_too() {
+    let world = World::new();
+    let agent = world.start().await;
+    agent.with_guest("web").await;
+    let (me, console) = (Agent::me(), &agent.use_cases.open_console);
+    let (_, mut session) = console.execute(&me, "web").await.unwrap();
+    let reading = tokio::spawn(async move {
+        let read = session.reader.read().await.unwrap_err().code();
+        let written = session.writer.write(b"x").await.unwrap_err().code();
+        (read, written)
+    });
+    assert_eq!(lock(&agent, true).await.unwrap().sessions_cut, 4);
+    let ended = tokio::time::timeout(Duration::from_secs(10), reading).await;
+    let locked = ErrorCode::Lockdown;
+    assert_eq!(ended.unwrap().unwrap(), (locked, locked));
+    let refused = console.execute(&me, "web").await.map(drop);
+    assert_eq!(code(&refused), Some(locked));
+    lock(&agent, false).await.unwrap();
+    assert!(console.execute(&me, "web").await.is_ok());
+}
+
+#[tokio::test]
 async fn a_lockdown_outlives_the_agent_and_is_there_before_any_link() {
     let world = World::new();
     let agent = world.start().await;
