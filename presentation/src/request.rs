@@ -6,6 +6,10 @@ use ghost_domain::RequestId;
 /// The header with the caller's (or our) id of a request.
 pub(crate) const REQUEST_ID: &str = "x-request-id";
 
+/// The id of a request on its way to a use case that writes it down.
+#[derive(Clone, Debug)]
+pub(crate) struct CalledAs(pub(crate) String);
+
 /// The caller's id of the request where it is a sane one, or a new one.
 pub(crate) fn request_id(headers: &HeaderMap) -> String {
     headers

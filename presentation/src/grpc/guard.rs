@@ -29,7 +29,7 @@ use crate::TraceParent;
 use crate::access::{Access, Shape};
 use crate::connection::{Peer, PeerCertificate};
 use crate::metrics::Recorder;
-use crate::request::{REQUEST_ID, request_id};
+use crate::request::{CalledAs, REQUEST_ID, request_id};
 
 /// Everything the guard needs.
 pub(crate) struct Watch {
@@ -85,12 +85,13 @@ where
         self.inner.poll_ready(context)
     }
 
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
         // The service that was polled ready is the one to use (tower's contract).
         let fresh = self.inner.clone();
         let inner = std::mem::replace(&mut self.inner, fresh);
         let watch = Arc::clone(&self.watch);
         let id = request_id(request.headers());
+        request.extensions_mut().insert(CalledAs(id.clone()));
         let method = access::method(request.uri().path());
         // Unknown paths share one name: what strangers send must not become label values.
         let name = method.map_or("unknown", |method| method.path);

@@ -18,9 +18,9 @@ use ghost_application::UseCases;
 use ghost_domain::{Error, Result};
 use ghost_proto::agent::v1::{
     access_service_server::AccessServiceServer, event_service_server::EventServiceServer,
-    host_service_server::HostServiceServer, image_service_server::ImageServiceServer,
-    network_service_server::NetworkServiceServer, operation_service_server::OperationServiceServer,
-    vm_service_server::VmServiceServer,
+    guest_service_server::GuestServiceServer, host_service_server::HostServiceServer,
+    image_service_server::ImageServiceServer, network_service_server::NetworkServiceServer,
+    operation_service_server::OperationServiceServer, vm_service_server::VmServiceServer,
 };
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
@@ -39,6 +39,11 @@ use guard::{GuardLayer, Watch};
 pub const MOST_MESSAGE: usize = 4 * 1024 * 1024;
 /// Most streams (calls) at once on one connection.
 const MOST_STREAMS: u32 = 128;
+/// Most bytes of one call that a connection takes ahead of the service that reads them.
+const STREAM_WINDOW: u32 = 256 * 1024;
+/// So many calls may stand still with a full window before the others on their connection do: with
+/// hyper's default, where both windows have one size, one is enough.
+const CONNECTION_WINDOWS: u32 = 64;
 /// Most bytes of a call's headers.
 const MOST_HEADERS: u32 = 16 * 1024;
 
@@ -147,6 +152,8 @@ pub async fn serve(
         Server::builder()
             .max_concurrent_streams(MOST_STREAMS)
             .http2_max_header_list_size(MOST_HEADERS)
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(STREAM_WINDOW * CONNECTION_WINDOWS)
             // A peer that is gone without a word is noticed within half a minute.
             .http2_keepalive_interval(Some(Duration::from_secs(20)))
             .http2_keepalive_timeout(Some(Duration::from_secs(10)))
@@ -185,6 +192,7 @@ const SERVICES: &[&str] = &[
     "ghost.agent.v1.NetworkService",
     "ghost.agent.v1.EventService",
     "ghost.agent.v1.AccessService",
+    "ghost.agent.v1.GuestService",
 ];
 
 fn routes(
@@ -214,6 +222,9 @@ fn routes(
     .add_service(NetworkServiceServer::new(services::Networks(shared())))
     .add_service(EventServiceServer::new(services::Events(shared())))
     .add_service(AccessServiceServer::new(services::Access(shared())))
+    .add_service(
+        GuestServiceServer::new(services::Guests(shared())).max_decoding_message_size(MOST_MESSAGE),
+    )
     .add_service(HealthServer::new(health))
     .add_service(reflection().build_v1().map_err(unusable)?)
     .add_service(reflection().build_v1alpha().map_err(unusable)?))

@@ -17,7 +17,7 @@ use super::Shell;
 use super::problem::Failure;
 use super::routes::{self, Route};
 use crate::access::{Access, Shape};
-use crate::request::{REQUEST_ID, request_id};
+use crate::request::{CalledAs, REQUEST_ID, request_id};
 
 /// The other header that a key may come in.
 const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
@@ -25,11 +25,12 @@ const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 /// The middleware.
 pub(super) async fn guard(
     State(shell): State<Arc<Shell>>,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Response {
     let begun = Instant::now();
     let id = request_id(request.headers());
+    request.extensions_mut().insert(CalledAs(id.clone()));
     let verb = known_method(request.method().as_str());
     let route = request
         .extensions()

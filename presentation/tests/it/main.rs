@@ -9,6 +9,7 @@
 
 mod errors;
 mod grpc;
+mod guests;
 mod http;
 mod metrics;
 mod world;

@@ -10,10 +10,10 @@ use async_trait::async_trait;
 use ghost_application::{Application, Options, Ports, UseCases};
 use ghost_domain::ports::{
     Accelerator, Clock, ConsoleReader, ConsoleSession, ConsoleWriter, DomainDefinition,
-    DomainSnapshot, DomainStatistics, GuestEvent, GuestEvents, HostFacts, HostProbe, HostUsage,
-    Hypervisor, HypervisorEvent, HypervisorEvents, HypervisorInfo, IssuedCertificate, LogReader,
-    MockAuditLog, MockCertificateAuthority, MockGuestLinks, MockImageCache, MockImageCatalogue,
-    MockNetworkProvider, MockStateStore, MockVmStorage, StoreContents, StoreHealth, VmStorageUsage,
+    DomainSnapshot, DomainStatistics, HostFacts, HostProbe, HostUsage, Hypervisor, HypervisorEvent,
+    HypervisorEvents, HypervisorInfo, IssuedCertificate, LogReader, MockCertificateAuthority,
+    MockImageCache, MockImageCatalogue, MockNetworkProvider, MockStateStore, MockVmStorage,
+    StoreContents, StoreHealth, VmStorageUsage,
 };
 use ghost_domain::vm::{
     CloudInit, DesiredPower, ImageReference, Lifecycle, Observation, ObservationSource,
@@ -24,6 +24,8 @@ use ghost_domain::{
     ErrorCode, HostResources, Image, ImageDigest, ImageFormat, ImageName, ImageOrigin, Monotonic,
     Network, NetworkName, Principal, Result, Role, Secret, Timestamp, VmId, VmName,
 };
+
+use crate::guests::{FakeAudit, FakeLinks, Guest};
 
 /// How the fake host behaves.
 pub(crate) const WELL: u8 = 0;
@@ -43,6 +45,7 @@ pub(crate) struct Knobs {
     pub(crate) uploaded: AtomicUsize,
     pub(crate) discarded: AtomicUsize,
     pub(crate) typed: Mutex<Vec<u8>>,
+    pub(crate) guest: Arc<Guest>,
 }
 
 pub(crate) struct World {
@@ -58,6 +61,15 @@ pub(crate) struct World {
 
 impl World {
     pub(crate) async fn new() -> Self {
+        Self::with(ObservedPower::Off).await
+    }
+
+    /// With `web` running and its guest's agent connected.
+    pub(crate) async fn running() -> Self {
+        Self::with(ObservedPower::Running).await
+    }
+
+    async fn with(power: ObservedPower) -> Self {
         let knobs = Arc::new(Knobs::default());
         let ids: [CredentialId; 4] = std::array::from_fn(|_| CredentialId::random());
         let [viewer, operator, admin, revoked] = ids;
@@ -74,7 +86,7 @@ impl World {
             ],
             ..StoreContents::default()
         };
-        let ports = ports(&knobs, contents, vm);
+        let ports = ports(&knobs, contents, vm, power);
         let app = Application::start(ports, Options::default()).await.unwrap();
         let world = Self {
             app,
@@ -106,6 +118,44 @@ impl World {
             .execute(&Principal::agent(), command)
             .await;
         made.unwrap().0.expose().to_owned()
+    }
+
+    /// Switches the guest access of `web` off.
+    pub(crate) async fn access_off(&self) {
+        let use_cases = self.use_cases();
+        let command = ghost_application::vm::UpdateVmCommand {
+            vm: "web".into(),
+            change: ghost_domain::VmChange {
+                guest_access: Some(false),
+                ..Default::default()
+            },
+            expected_generation: None,
+            request_id: None,
+        };
+        let update = &use_cases.update_vm;
+        let agent = Principal::agent();
+        let made = update.execute(&agent, command).await.unwrap();
+        let id = made.operation.id.to_string();
+        let get = &use_cases.get_operation;
+        while !get
+            .execute(&agent, &id)
+            .await
+            .unwrap()
+            .operation
+            .status
+            .is_finished()
+        {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// Actions and outcomes of the audit log.
+    pub(crate) fn audit_actions(&self) -> Vec<String> {
+        let records = self.knobs.guest.audit.lock().unwrap();
+        let told = |record: &ghost_domain::guest::AuditRecord| {
+            format!("{} {}", record.action, record.outcome)
+        };
+        records.iter().map(told).collect()
     }
 
     /// Waits until the first look at the hypervisor is done.
@@ -172,12 +222,12 @@ fn certificate(id: CredentialId, role: Role, revoked: bool) -> Certificate {
     }
 }
 
-fn ports(knobs: &Arc<Knobs>, contents: StoreContents, vm: Vm) -> Ports {
+fn ports(knobs: &Arc<Knobs>, contents: StoreContents, vm: Vm, power: ObservedPower) -> Ports {
     Ports {
         hypervisor: Arc::new(FakeHypervisor {
             knobs: Arc::clone(knobs),
             vm,
-            power: Mutex::new(ObservedPower::Off),
+            power: Mutex::new(power),
         }),
         storage: Arc::new(storage(knobs)),
         images: Arc::new(cache(knobs)),
@@ -187,55 +237,10 @@ fn ports(knobs: &Arc<Knobs>, contents: StoreContents, vm: Vm) -> Ports {
         host: Arc::new(FakeHost(Arc::clone(knobs))),
         store: Arc::new(store(contents)),
         authority: Arc::new(authority()),
-        guests: Arc::new(guests()),
-        audit: Arc::new(audit()),
+        guests: Arc::new(FakeLinks(Arc::clone(&knobs.guest))),
+        audit: Arc::new(FakeAudit(Arc::clone(&knobs.guest))),
         clock: Arc::new(RealClock(Instant::now())),
     }
-}
-
-/// No guest is connected, and none says anything.
-fn guests() -> MockGuestLinks {
-    struct Silence;
-
-    #[async_trait]
-    impl GuestEvents for Silence {
-        async fn next(&mut self) -> Option<GuestEvent> {
-            std::future::pending().await
-        }
-    }
-
-    let mut guests = MockGuestLinks::new();
-    guests.expect_attach().returning(|_, _| ());
-    guests.expect_detach().returning(|_, _| ());
-    guests
-        .expect_status()
-        .returning(|_| ghost_domain::guest::GuestLinkStatus::default());
-    guests.expect_subscribe().returning(|| Box::new(Silence));
-    guests.expect_lock_down().returning(|_| 0);
-    guests.expect_cut().returning(|_, _| 0);
-    guests.expect_program().returning(|| None);
-    guests
-}
-
-fn audit() -> MockAuditLog {
-    let mut audit = MockAuditLog::new();
-    audit.expect_append().returning(|record| {
-        Ok(ghost_domain::guest::AuditEntry {
-            sequence: 1,
-            at: Timestamp::default(),
-            record,
-            hash: [0; 32],
-        })
-    });
-    audit.expect_list().returning(|_, _, _| Ok(Vec::new()));
-    audit.expect_verify().returning(|| {
-        Ok(ghost_domain::guest::AuditVerdict {
-            entries: 0,
-            broken: None,
-            head: [0; 32],
-        })
-    });
-    audit
 }
 
 struct RealClock(Instant);

@@ -1,6 +1,7 @@
 //! The services: decode, call a use case, encode. Nothing is decided here.
 
 mod access;
+mod guest;
 mod health;
 mod host;
 mod image;
@@ -9,6 +10,7 @@ mod stream;
 mod vm;
 
 pub(super) use access::Access;
+pub(super) use guest::Guests;
 pub(super) use health::Health;
 pub(super) use host::{Events, Host, Networks};
 pub(super) use image::Images;

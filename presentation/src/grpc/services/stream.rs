@@ -15,6 +15,10 @@ use super::to_status;
 /// What a streaming answer is.
 pub(super) type Answer<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
+/// So many items may still follow once a stream is called off: one that is at its end anyway ends
+/// well, one that has always something to say ends all the same.
+const MOST_AFTER: u8 = 8;
+
 /// Holds a stream to the conditions under which it was allowed.
 #[derive(Clone, Debug)]
 pub(crate) struct Leash {
@@ -59,22 +63,29 @@ pub(super) fn until<T: Send + 'static>(
         .get::<Leash>()
         .cloned()
         .unwrap_or_else(|| Leash::new(&CancellationToken::new()));
-    let state = (Box::pin(source), leash, false);
+    let state = (Box::pin(source), leash, false, MOST_AFTER);
     Box::pin(stream::unfold(
         state,
-        |(mut source, leash, ended)| async move {
+        |(mut source, leash, ended, mut after)| async move {
             if ended {
                 return None;
+            }
+            if leash.stop.is_cancelled() {
+                if after == 0 {
+                    let status = to_status(&leash.error());
+                    return Some((Err(status), (source, leash, true, after)));
+                }
+                after -= 1;
             }
             tokio::select! {
                 biased;
                 item = source.next() => item.map(|item| {
                     let failed = item.is_err();
-                    (item, (source, leash, failed))
+                    (item, (source, leash, failed, after))
                 }),
                 () = leash.stop.cancelled() => {
                     let status = to_status(&leash.error());
-                    Some((Err(status), (source, leash, true)))
+                    Some((Err(status), (source, leash, true, after)))
                 }
             }
         },
@@ -98,6 +109,18 @@ mod tests {
         let status = answer.next().await.unwrap().unwrap_err();
         assert_eq!(status.code(), tonic::Code::Unauthenticated);
         assert!(answer.next().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn a_source_that_never_pauses_is_ended_too() {
+        let leash = Leash::new(&CancellationToken::new());
+        let mut extensions = Extensions::new();
+        extensions.insert(leash.clone());
+        let answer = until::<i32>(&extensions, stream::repeat_with(|| Ok(1)));
+        leash.pull(Error::new(ErrorCode::Unauthenticated, "revoked"));
+        let items: Vec<_> = answer.take(100).collect().await;
+        assert_eq!(items.len(), usize::from(MOST_AFTER) + 1);
+        assert!(items.last().unwrap().is_err());
     }
 
     #[tokio::test]

@@ -1,6 +1,7 @@
 //! gRPC through real sockets.
 
 mod calls;
+mod guest;
 mod hostile;
 mod roles;
 mod tls;
@@ -44,7 +45,15 @@ impl Served {
     }
 
     async fn with(change: impl FnOnce(&mut Options)) -> Self {
-        let world = World::new().await;
+        Self::of(World::new().await, change).await
+    }
+
+    /// With a running VM.
+    async fn running() -> Self {
+        Self::of(World::running().await, |_| {}).await
+    }
+
+    async fn of(world: World, change: impl FnOnce(&mut Options)) -> Self {
         let ca = TestCa::new();
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("agent.sock");
