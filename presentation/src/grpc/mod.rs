@@ -5,7 +5,7 @@
 //! its use case and encodes. Errors become statuses in [`status`] and nowhere else.
 
 pub mod access;
-mod guard;
+pub(crate) mod guard;
 mod services;
 pub mod status;
 

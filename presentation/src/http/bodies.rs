@@ -338,7 +338,7 @@ const fn yes() -> bool {
 }
 
 /// A number of seconds as a length of time.
-fn seconds(given: f64, field: &str) -> Result<Duration> {
+pub(super) fn seconds(given: f64, field: &str) -> Result<Duration> {
     Duration::try_from_secs_f64(given)
         .ok()
         .filter(|length| *length <= Duration::from_secs(366 * 24 * 3600))

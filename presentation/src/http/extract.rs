@@ -80,7 +80,7 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
     type Rejection = Failure;
 
     async fn from_request(request: Request, _: &S) -> Result<Self, Failure> {
-        let bytes = json_bytes(request).await?;
+        let bytes = json_bytes(request, MOST_BODY).await?;
         Ok(Self(parse(&bytes)?))
     }
 }
@@ -95,7 +95,7 @@ impl<S: Send + Sync, T: DeserializeOwned + Default> FromRequest<S> for OptionalB
         if http_body::Body::size_hint(request.body()).exact() == Some(0) {
             return Ok(Self(T::default()));
         }
-        let bytes = json_bytes(request).await?;
+        let bytes = json_bytes(request, MOST_BODY).await?;
         if bytes.is_empty() {
             return Ok(Self(T::default()));
         }
@@ -103,7 +103,8 @@ impl<S: Send + Sync, T: DeserializeOwned + Default> FromRequest<S> for OptionalB
     }
 }
 
-async fn json_bytes(request: Request) -> Result<Vec<u8>> {
+/// The bytes of a JSON body of at most `most` bytes.
+pub(super) async fn json_bytes(request: Request, most: usize) -> Result<Vec<u8>> {
     let json = request
         .headers()
         .get(header::CONTENT_TYPE)
@@ -123,10 +124,10 @@ async fn json_bytes(request: Request) -> Result<Vec<u8>> {
         let piece = piece.map_err(|cause| {
             Error::new(ErrorCode::InvalidArgument, "the body ended early").because(cause)
         })?;
-        if bytes.len() + piece.len() > MOST_BODY {
+        if bytes.len() + piece.len() > most {
             return Err(
                 Error::new(ErrorCode::PayloadTooLarge, "the body is too large")
-                    .because("1 MiB is the most"),
+                    .because(format!("{most} bytes are the most")),
             );
         }
         bytes.extend_from_slice(&piece);
@@ -199,7 +200,7 @@ impl<S: Sync> FromRequestParts<S> for IfMatch {
 }
 
 /// A header that may stand once at most.
-fn one<'a>(headers: &'a HeaderMap, name: &str) -> Result<Option<&'a str>> {
+pub(super) fn one<'a>(headers: &'a HeaderMap, name: &str) -> Result<Option<&'a str>> {
     let mut values = headers.get_all(name).iter();
     match (values.next(), values.next()) {
         (None, _) => Ok(None),

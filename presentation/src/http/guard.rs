@@ -5,15 +5,17 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use axum::extract::{MatchedPath, Request, State};
+use axum::extract::{FromRequestParts, MatchedPath, Request, State};
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use futures::FutureExt;
-use ghost_domain::{Error, ErrorCode, Principal, Result, Secret};
+use ghost_domain::{Error, ErrorCode, Principal, Result, Role, Secret};
 use tracing::{Instrument, Span};
 
 use super::Shell;
+use super::guest::connect::{self, ConnectFailure};
 use super::problem::Failure;
 use super::routes::{self, Route};
 use crate::access::{Access, Shape};
@@ -55,7 +57,7 @@ pub(super) async fn guard(
     async move {
         let mut response = pass(&shell, route, request, next)
             .await
-            .unwrap_or_else(|error| Failure(error).into_response());
+            .unwrap_or_else(|error| fail(path, error));
         let headers = response.headers_mut();
         if let Ok(value) = HeaderValue::from_str(&id) {
             headers.insert(REQUEST_ID, value);
@@ -82,6 +84,14 @@ pub(super) async fn guard(
     .await
 }
 
+/// An error in the form that callers of the route know.
+fn fail(path: &str, error: Error) -> Response {
+    if path.starts_with(connect::PREFIX) {
+        return ConnectFailure(error).into_response();
+    }
+    Failure(error).into_response()
+}
+
 async fn pass(
     shell: &Arc<Shell>,
     route: Option<&'static Route>,
@@ -93,12 +103,14 @@ async fn pass(
             .hint("see /v1/openapi.json for those there are"));
     };
     if let Access::Role(role) = route.access {
-        let principal = authenticate(shell, request.headers()).await?;
+        let key = key_of(request.headers())?;
+        let principal = authenticate(shell, &key).await?;
         let span = Span::current();
         span.record("principal", principal.name.as_str());
         span.record("role", principal.role.as_str());
         principal.require(role)?;
         request.extensions_mut().insert(principal);
+        request.extensions_mut().insert(PresentedKey { key, role });
     }
     let _room = match route.shape {
         Shape::Stream => None,
@@ -126,12 +138,42 @@ async fn pass(
     answered.map_err(|_| Error::internal("the agent stumbled over this request"))
 }
 
-async fn authenticate(shell: &Shell, headers: &HeaderMap) -> Result<Principal> {
-    let key = key_of(headers)?;
-    shell.use_cases.authenticate_key.execute(&key).await
+async fn authenticate(shell: &Shell, key: &Secret) -> Result<Principal> {
+    shell.use_cases.authenticate_key.execute(key).await
 }
 
-/// The key of `Authorization: Bearer KEY` or `X-API-Key: KEY`.
+/// The key that a request came with, for what outlasts the request.
+#[derive(Clone, Debug)]
+pub(super) struct PresentedKey {
+    key: Secret,
+    role: Role,
+}
+
+impl PresentedKey {
+    /// Whether the request would be let in again.
+    ///
+    /// # Errors
+    /// `Unauthenticated`, `PermissionDenied`.
+    pub(super) async fn check(&self, shell: &Shell) -> Result<()> {
+        authenticate(shell, &self.key).await?.require(self.role)
+    }
+}
+
+impl<S: Sync> FromRequestParts<S> for PresentedKey {
+    type Rejection = Failure;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Failure> {
+        parts.extensions.get::<Self>().cloned().ok_or_else(|| {
+            Failure(Error::new(
+                ErrorCode::Unauthenticated,
+                "the request has no identity",
+            ))
+        })
+    }
+}
+
+/// The key of `Authorization: Bearer KEY` or `X-API-Key: KEY`; for a WebSocket also that of the
+/// subprotocol `bearer.KEY`, because a page can give one no headers.
 fn key_of(headers: &HeaderMap) -> Result<Secret> {
     let text = |value: &HeaderValue| value.to_str().ok().map(str::trim).map(str::to_owned);
     let bearer = headers
@@ -145,12 +187,27 @@ fn key_of(headers: &HeaderMap) -> Result<Secret> {
         });
     bearer
         .or_else(|| headers.get(API_KEY).and_then(text))
+        .or_else(|| subprotocol(headers))
         .map(Secret::new)
         .ok_or_else(|| {
             Error::new(ErrorCode::Unauthenticated, "a key is needed")
                 .because("neither Authorization: Bearer nor X-API-Key carries one")
                 .hint("make one on the host: ghostctl key create NAME --role ROLE")
         })
+}
+
+fn subprotocol(headers: &HeaderMap) -> Option<String> {
+    let upgrade = headers.get(header::UPGRADE)?.to_str().ok()?;
+    if !upgrade.eq_ignore_ascii_case("websocket") {
+        return None;
+    }
+    headers
+        .get_all(header::SEC_WEBSOCKET_PROTOCOL)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .find_map(|one| one.trim().strip_prefix("bearer."))
+        .map(str::to_owned)
 }
 
 /// Methods are an open set: those that nobody serves share one name.
@@ -184,5 +241,17 @@ mod tests {
             HeaderValue::from_static("bearer  ghost_c_d "),
         );
         assert_eq!(key_of(&headers).unwrap().expose(), "ghost_c_d");
+    }
+
+    #[test]
+    fn a_page_gives_its_key_as_a_subprotocol_of_a_websocket_and_nowhere_else() {
+        let mut headers = HeaderMap::new();
+        headers.insert(
+            header::SEC_WEBSOCKET_PROTOCOL,
+            HeaderValue::from_static("ghost.v1, bearer.ghost_a_b"),
+        );
+        assert!(key_of(&headers).is_err());
+        headers.insert(header::UPGRADE, HeaderValue::from_static("WebSocket"));
+        assert_eq!(key_of(&headers).unwrap().expose(), "ghost_a_b");
     }
 }

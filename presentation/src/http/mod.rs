@@ -7,6 +7,7 @@ mod bodies;
 mod events;
 mod extract;
 mod guard;
+mod guest;
 mod health;
 mod host;
 mod images;
@@ -50,6 +51,8 @@ pub struct Options {
     pub timeout: Duration,
     /// Most requests at once, streams aside.
     pub most_requests: usize,
+    /// How often the key behind a session is looked at again: how late a revocation counts.
+    pub recheck: Duration,
 }
 
 impl Default for Options {
@@ -59,6 +62,7 @@ impl Default for Options {
             trace: None,
             timeout: Duration::from_secs(30),
             most_requests: 256,
+            recheck: Duration::from_secs(15),
         }
     }
 }
@@ -168,6 +172,27 @@ fn described(agent: &AgentInfo) -> OpenApiRouter<Arc<Shell>> {
         .routes(routes!(operations::list))
         .routes(routes!(operations::get, operations::cancel))
         .routes(routes!(events::watch))
+        .routes(routes!(guest::exec, guest::exec_session))
+        .routes(routes!(guest::shell))
+        .routes(routes!(guest::read_file, guest::write_file))
+        .routes(routes!(guest::guest_status))
+        .routes(routes!(guest::ping))
+        .routes(routes!(guest::history))
+        .routes(routes!(guest::register_address))
+        .routes(routes!(guest::shut_down))
+        .routes(routes!(guest::set_password))
+        .routes(routes!(guest::update_ssh_keys))
+        .routes(routes!(guest::sync_clock))
+        .routes(routes!(guest::freeze))
+        .routes(routes!(guest::thaw))
+        .routes(routes!(guest::get_lockdown, guest::set_lockdown))
+        .routes(routes!(guest::list_audit))
+        .routes(routes!(guest::verify_audit))
+        .routes(routes!(guest::connect::ping_agent))
+        .routes(routes!(guest::connect::execute_script))
+        .routes(routes!(guest::connect::read_guest_file))
+        .routes(routes!(guest::connect::write_guest_file))
+        .routes(routes!(guest::connect::guest_shutdown))
 }
 
 /// 202 with the operation, and where to follow it.

@@ -2,7 +2,7 @@
 //! cases check the same again.
 
 use axum::http::Method;
-use ghost_domain::Role::{self, Operator, Viewer};
+use ghost_domain::Role::{self, Admin, Operator, Viewer};
 
 use crate::access::{Access, Shape};
 
@@ -76,6 +76,52 @@ pub const ROUTES: &[Route] = &[
     unary("GET", "/v1/networks", Viewer),
     unary("GET", "/v1/networks/{name}", Viewer),
     unary("GET", "/v1/host", Viewer),
+    // What runs in guests takes as long as it takes; each of these has bounds of its own.
+    stream("GET", "/v1/vms/{vm}/exec", Operator),
+    stream("POST", "/v1/vms/{vm}/exec", Operator),
+    stream("GET", "/v1/vms/{vm}/shell", Operator),
+    stream("GET", "/v1/vms/{vm}/files", Operator),
+    stream("PUT", "/v1/vms/{vm}/files", Operator),
+    unary("GET", "/v1/vms/{vm}/guest", Viewer),
+    unary("POST", "/v1/vms/{vm}/guest/ping", Viewer),
+    unary("GET", "/v1/vms/{vm}/history", Viewer),
+    unary("POST", "/v1/vms/{vm}/guest-ip", Operator),
+    unary("POST", "/v1/vms/{vm}/guest/shutdown", Operator),
+    unary("POST", "/v1/vms/{vm}/guest/password", Operator),
+    unary("POST", "/v1/vms/{vm}/guest/ssh-keys", Operator),
+    unary("POST", "/v1/vms/{vm}/guest/clock", Operator),
+    unary("POST", "/v1/vms/{vm}/guest/freeze", Operator),
+    unary("POST", "/v1/vms/{vm}/guest/thaw", Operator),
+    unary("GET", "/v1/lockdown", Viewer),
+    unary("PUT", "/v1/lockdown", Admin),
+    // Who did what is for those who answer for it.
+    unary("GET", "/v1/audit", Admin),
+    unary("GET", "/v1/audit/verify", Admin),
+    stream(
+        "POST",
+        "/limiquantix.compute.v1.VMService/PingAgent",
+        Viewer,
+    ),
+    stream(
+        "POST",
+        "/limiquantix.compute.v1.VMService/ExecuteScript",
+        Operator,
+    ),
+    stream(
+        "POST",
+        "/limiquantix.compute.v1.VMService/ReadGuestFile",
+        Operator,
+    ),
+    stream(
+        "POST",
+        "/limiquantix.compute.v1.VMService/WriteGuestFile",
+        Operator,
+    ),
+    stream(
+        "POST",
+        "/limiquantix.compute.v1.VMService/GuestShutdown",
+        Operator,
+    ),
 ];
 
 /// The route of a request, by the path pattern that the router matched. `HEAD` is `GET` without

@@ -4,8 +4,8 @@ use std::pin::pin;
 use std::time::Duration;
 
 use axum::Router;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::conn::auto;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -48,9 +48,8 @@ pub async fn serve(
     let cut = CancellationToken::new();
     // HTTP/1 only: telling the versions apart waits for the first bytes without a limit, and events
     // and uploads gain nothing from HTTP/2 here.
-    let mut builder = auto::Builder::new(TokioExecutor::new()).http1_only();
+    let mut builder = http1::Builder::new();
     builder
-        .http1()
         .timer(TokioTimer::new())
         .header_read_timeout(options.head)
         .max_headers(64)
@@ -64,7 +63,12 @@ pub async fn serve(
                 connection.cut_by(cut);
                 let address = connection.address();
                 let service = TowerToHyperService::new(router);
-                let mut serving = pin!(builder.serve_connection(TokioIo::new(connection), service));
+                let mut serving = pin!(
+                    builder
+                        .serve_connection(TokioIo::new(connection), service)
+                        // For WebSockets, which then are on their own: they end with `shutdown` too.
+                        .with_upgrades()
+                );
                 let ended = tokio::select! {
                     ended = serving.as_mut() => ended,
                     () = shutdown.cancelled() => {

@@ -9,7 +9,7 @@ use prometheus::{Counter, CounterVec, Gauge, GaugeVec, Opts, Registry, Result};
 use crate::convert::AgentInfo;
 
 /// The labels of everything about one VM.
-const VM: [&str; 2] = ["vm", "name"];
+pub(super) const VM: [&str; 2] = ["vm", "name"];
 
 /// Fills a fresh registry with what is now; `view` is `None` where it could not be read.
 pub(super) fn fill(
@@ -47,7 +47,8 @@ pub(super) fn fill(
     let Some(view) = view else { return Ok(()) };
     host(&to, view)?;
     agent_parts(&to, view)?;
-    vms(registry, &view.vms)
+    vms(registry, &view.vms)?;
+    super::guest::fill(registry, &view.vms)
 }
 
 struct Families<'a>(&'a Registry);
@@ -73,11 +74,11 @@ impl Families<'_> {
     clippy::cast_precision_loss,
     reason = "Prometheus knows doubles only; 2^53 bytes are 8 PiB"
 )]
-const fn number(value: u64) -> f64 {
+pub(super) const fn number(value: u64) -> f64 {
     value as f64
 }
 
-const fn flag(value: bool) -> f64 {
+pub(super) const fn flag(value: bool) -> f64 {
     if value { 1.0 } else { 0.0 }
 }
 

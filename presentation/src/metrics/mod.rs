@@ -5,9 +5,11 @@
 //! host being unreadable: `ghost_collect_success` tells.
 //!
 //! Labels are bounded: a VM's id and name, kinds, states, codes and our own route and method names.
-//! Nothing that a guest or a stranger says becomes one.
+//! Nothing that a guest or a stranger says becomes one: what guests report of themselves
+//! (`ghost_guest_*`) has labels of fixed sets.
 
 mod collect;
+mod guest;
 mod recorder;
 
 pub use recorder::Recorder;

@@ -8,11 +8,13 @@ use axum::Router;
 use axum::body::Body;
 use axum::http::{Request, StatusCode};
 use ghost_domain::Principal;
+use ghost_domain::ports::GuestEvent;
 use ghost_presentation::convert::AgentInfo;
 use ghost_presentation::metrics::{Recorder, router};
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
+use crate::guests::{HOSTILE, hello};
 use crate::world::{BROKEN, HUNG, World};
 
 fn shell(world: &World) -> Router {
@@ -75,8 +77,20 @@ fn lint(text: &str) {
             .filter_map(|part| part.split_once('='))
         {
             let known = [
-                "vm", "name", "state", "version", "kind", "outcome", "severity", "method", "code",
-                "route", "status", "le",
+                "vm",
+                "name",
+                "state",
+                "version",
+                "kind",
+                "outcome",
+                "severity",
+                "method",
+                "code",
+                "route",
+                "status",
+                "le",
+                "mode",
+                "mount_point",
             ];
             assert!(known.contains(&label.0), "{line}: {}", label.0);
         }
@@ -222,4 +236,148 @@ async fn calls_operations_and_events_are_counted() {
     );
     stop.cancel();
     following.await.unwrap();
+}
+
+fn report() -> ghost_domain::guest::GuestTelemetry {
+    use ghost_domain::guest::{GuestCloudInit, GuestCpuTimes, GuestFilesystem, GuestInterface};
+    let mount = |mount_point: &str| GuestFilesystem {
+        mount_point: mount_point.into(),
+        kind: "ext4".into(),
+        total_bytes: 100,
+        available_bytes: 40,
+    };
+    let card = |name: &str| GuestInterface {
+        name: name.into(),
+        receive_bytes: 7,
+        transmit_bytes: u64::MAX,
+        ..GuestInterface::default()
+    };
+    ghost_domain::guest::GuestTelemetry {
+        cpu: GuestCpuTimes {
+            user: 12.5,
+            idle: 100.0,
+            ..GuestCpuTimes::default()
+        },
+        cpus: 2,
+        memory_total_bytes: 1000,
+        memory_available_bytes: 600,
+        load: [0.5, 0.25, 0.125],
+        filesystems: vec![
+            mount("/"),
+            mount(HOSTILE),
+            mount("/srv/\"} 1\nghost_forged 1\n#"),
+        ],
+        interfaces: vec![card("lo"), card("eth0"), card(HOSTILE)],
+        processes: 77,
+        users: vec![HOSTILE.into()],
+        cloud_init: GuestCloudInit {
+            status: "done".into(),
+            ..GuestCloudInit::default()
+        },
+        uptime_seconds: 90.0,
+        agent_resident_bytes: 4096,
+        ..Default::default()
+    }
+}
+
+/// Tells a report and scrapes until it is there.
+async fn told(
+    world: &World,
+    router: &Router,
+    report: ghost_domain::guest::GuestTelemetry,
+    series: &str,
+    wanted: f64,
+) -> String {
+    let waited = tokio::time::timeout(Duration::from_secs(20), async {
+        loop {
+            world.knobs.guest.tell(GuestEvent::Telemetry {
+                vm: world.vm,
+                report: Box::new(report.clone()),
+            });
+            let text = scrape(router).await;
+            if value(&text, series) == Some(wanted) {
+                return text;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    });
+    waited.await.unwrap()
+}
+
+#[tokio::test]
+async fn guests_are_told_as_they_report_and_can_make_no_series() {
+    let world = World::running().await;
+    let router = shell(&world);
+    let vm = format!("name=\"web\",vm=\"{}\"", world.vm);
+    let silent = scrape(&router).await;
+    lint(&silent);
+    assert!(!silent.contains("ghost_guest_memory_total_bytes{"));
+
+    world.knobs.guest.tell(GuestEvent::Connected {
+        vm: world.vm,
+        hello: hello(),
+        rebooted: false,
+    });
+    let processes = format!("ghost_guest_processes{{{vm}}}");
+    let text = told(&world, &router, report(), &processes, 77.0).await;
+    lint(&text);
+    for (series, expected) in [
+        (format!("ghost_guest_connected{{{vm}}}"), 1.0),
+        (
+            format!("ghost_guest_cpu_seconds_total{{mode=\"user\",{vm}}}"),
+            12.5,
+        ),
+        (format!("ghost_guest_memory_available_bytes{{{vm}}}"), 600.0),
+        (format!("ghost_guest_load1{{{vm}}}"), 0.5),
+        (format!("ghost_guest_users{{{vm}}}"), 1.0),
+        (format!("ghost_guest_cloud_init_finished{{{vm}}}"), 1.0),
+        (format!("ghost_guest_agent_resident_bytes{{{vm}}}"), 4096.0),
+        (
+            format!("ghost_guest_network_receive_bytes_total{{{vm}}}"),
+            14.0,
+        ),
+        (
+            format!("ghost_guest_filesystem_size_bytes{{mount_point=\"/\",{vm}}}"),
+            100.0,
+        ),
+        (
+            format!("ghost_guest_filesystem_available_bytes{{mount_point=\"other\",{vm}}}"),
+            80.0,
+        ),
+    ] {
+        assert_eq!(value(&text, &series), Some(expected), "{series}\n{text}");
+    }
+    assert!(!text.contains("forged") && !text.contains("Set-Cookie"));
+    for help in text
+        .lines()
+        .filter(|line| line.starts_with("# HELP ghost_guest_"))
+    {
+        let ours = ["_connected", "_calls", "_violations", "_report_age"];
+        assert!(
+            help.contains("reported by the guest") || ours.iter().any(|one| help.contains(one)),
+            "{help}"
+        );
+    }
+
+    // The same guest with other words and impossible numbers: the same series.
+    let series = |text: &str| {
+        let lines = text.lines().filter(|line| line.starts_with("ghost_guest_"));
+        lines
+            .filter_map(|line| line.rsplit_once(' '))
+            .map(|(series, _)| series.to_owned())
+            .collect::<BTreeSet<_>>()
+    };
+    let mut liar = report();
+    liar.processes = 78;
+    liar.cpu.user = f64::NAN;
+    liar.cpu.idle = -5.0;
+    liar.load = [f64::INFINITY, f64::NEG_INFINITY, 1e308];
+    liar.memory_total_bytes = u64::MAX;
+    for (at, one) in liar.filesystems.iter_mut().enumerate().skip(1) {
+        one.mount_point = format!("/made-up/{at}");
+    }
+    let lied = told(&world, &router, liar, &processes, 78.0).await;
+    lint(&lied);
+    assert_eq!(series(&lied), series(&text));
+    assert!(series(&lied).len() < 64);
 }

@@ -61,19 +61,25 @@ pub(crate) struct World {
 
 impl World {
     pub(crate) async fn new() -> Self {
-        Self::with(ObservedPower::Off).await
+        Self::with(ObservedPower::Off, true).await
     }
 
     /// With `web` running and its guest's agent connected.
     pub(crate) async fn running() -> Self {
-        Self::with(ObservedPower::Running).await
+        Self::with(ObservedPower::Running, true).await
     }
 
-    async fn with(power: ObservedPower) -> Self {
+    /// As [`World::running`], with the guest access of `web` off.
+    pub(crate) async fn closed() -> Self {
+        Self::with(ObservedPower::Running, false).await
+    }
+
+    async fn with(power: ObservedPower, access: bool) -> Self {
         let knobs = Arc::new(Knobs::default());
         let ids: [CredentialId; 4] = std::array::from_fn(|_| CredentialId::random());
         let [viewer, operator, admin, revoked] = ids;
-        let vm = vm();
+        let mut vm = vm();
+        vm.spec.guest.access = access;
         let id = vm.id;
         let contents = StoreContents {
             vms: vec![vm.clone()],
@@ -118,35 +124,6 @@ impl World {
             .execute(&Principal::agent(), command)
             .await;
         made.unwrap().0.expose().to_owned()
-    }
-
-    /// Switches the guest access of `web` off.
-    pub(crate) async fn access_off(&self) {
-        let use_cases = self.use_cases();
-        let command = ghost_application::vm::UpdateVmCommand {
-            vm: "web".into(),
-            change: ghost_domain::VmChange {
-                guest_access: Some(false),
-                ..Default::default()
-            },
-            expected_generation: None,
-            request_id: None,
-        };
-        let update = &use_cases.update_vm;
-        let agent = Principal::agent();
-        let made = update.execute(&agent, command).await.unwrap();
-        let id = made.operation.id.to_string();
-        let get = &use_cases.get_operation;
-        while !get
-            .execute(&agent, &id)
-            .await
-            .unwrap()
-            .operation
-            .status
-            .is_finished()
-        {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
     }
 
     /// Actions and outcomes of the audit log.

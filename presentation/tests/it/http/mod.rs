@@ -1,8 +1,10 @@
 //! HTTP through the router, and through real connections where the connection matters.
 
+mod guest;
 mod requests;
 mod roles;
 mod server;
+mod session;
 
 use axum::Router;
 use axum::body::Body;
@@ -51,7 +53,15 @@ impl Shell {
     }
 
     async fn with(options: Options) -> Self {
-        let world = World::new().await;
+        Self::of(World::new().await, options).await
+    }
+
+    /// With a running VM.
+    async fn running() -> Self {
+        Self::of(World::running().await, Options::default()).await
+    }
+
+    async fn of(world: World, options: Options) -> Self {
         let shutdown = CancellationToken::new();
         let router = router(
             world.use_cases(),
@@ -94,4 +104,14 @@ impl Shell {
         self.send(request.body(Body::from(body.to_owned())).unwrap())
             .await
     }
+}
+
+/// Waits for a condition.
+async fn until(condition: impl Fn() -> bool) {
+    let waited = tokio::time::timeout(std::time::Duration::from_secs(20), async {
+        while !condition() {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    });
+    waited.await.unwrap();
 }
