@@ -26,8 +26,8 @@ pub(crate) enum Mail {
     Swept(u32),
     /// A report is ready.
     Telemetry(Box<Telemetry>),
-    /// Leave the loop once all was sent.
-    Leave(End),
+    /// Leave the loop once this call's last answer was sent.
+    Leave(u32, End),
 }
 
 /// A queue into the loop that wakes it.
@@ -179,8 +179,9 @@ impl Port {
         self.mailbox.put(Mail::Message(self.serial, payload));
     }
 
-    pub(crate) fn mailbox(&self) -> &Mailbox {
-        &self.mailbox
+    /// Has the loop end once the last answer of this call was sent.
+    pub(crate) fn leave(&self, end: End) {
+        self.mailbox.put(Mail::Leave(self.serial, end));
     }
 
     /// The next bytes, or `None` at the end.

@@ -102,7 +102,7 @@ struct Engine<'a> {
     /// A host is attached to the port.
     attached: bool,
     hold_until: Option<Instant>,
-    leaving: Option<End>,
+    leaving: Option<(u32, End)>,
     dropped: u64,
     scratch: Vec<u8>,
 }
@@ -193,7 +193,8 @@ impl<'a> Engine<'a> {
             }
             // What was held back by a flood or a bound is gone on with at once.
             again |= self.readable && self.attached && !self.outbox.is_flooded();
-            if let Some(end) = &self.leaving
+            if let Some((serial, end)) = &self.leaving
+                && !self.calls.contains_key(serial)
                 && self.outbox.is_empty()
             {
                 let end = end.clone();
@@ -721,7 +722,7 @@ impl<'a> Engine<'a> {
                     }
                 }
                 Mail::Telemetry(report) => self.telemetry(*report),
-                Mail::Leave(end) => self.leaving = Some(end),
+                Mail::Leave(serial, end) => self.leaving = Some((serial, end)),
             }
         }
         any && !self.outbox.is_empty()

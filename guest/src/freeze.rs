@@ -216,8 +216,11 @@ impl Freezer {
             let mut state = lock(&self.state);
             match std::mem::replace(&mut *state, State::Working) {
                 State::Frozen { mounts, .. } => mounts,
-                other => {
-                    *state = other;
+                State::Working => {
+                    return Err(Failure::new("busy", "being frozen or thawed right now"));
+                }
+                State::Thawed => {
+                    *state = State::Thawed;
                     return Err(Failure::invalid(
                         "nothing is frozen: not asked for, or thawed at the deadline",
                     ));

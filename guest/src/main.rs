@@ -83,6 +83,8 @@ struct Run {
     device: Option<PathBuf>,
     socket: Option<PathBuf>,
     config: Option<PathBuf>,
+    /// Where the state of a trial is noted; memory, in a guest.
+    run_directory: Option<PathBuf>,
     supervised: bool,
 }
 
@@ -194,6 +196,7 @@ fn parse_run(words: &[&str]) -> Result<Run, Stop> {
             "--device" => run.device = Some(value()?),
             "--socket" => run.socket = Some(value()?),
             "--config" => run.config = Some(value()?),
+            "--run-directory" => run.run_directory = Some(value()?),
             "--supervised" => run.supervised = true,
             other => return Err(Stop::Usage(format!("unknown option {other:?}"))),
         }
@@ -267,7 +270,7 @@ fn run(words: &[&str], arguments: &[OsString]) -> Result<(), Stop> {
                             let error = update::become_new(
                                 program,
                                 arguments,
-                                "/run".as_ref(),
+                                run.run_directory.as_deref().unwrap_or("/run".as_ref()),
                                 run.supervised,
                             );
                             log::line(&format!("the new program does not run: {error}"));

@@ -25,9 +25,10 @@ use rustix::process::{Pid, Signal};
 use sha2::{Digest, Sha256};
 
 use crate::Failure;
-use crate::calls::{Mail, Port, done};
+use crate::calls::{Port, done};
 use crate::engine::End;
 use crate::log::say;
+use crate::util::read_bounded;
 
 /// A program of this kind has a few; whatever is larger is not one.
 const MOST: u64 = 64 * 1024 * 1024;
@@ -100,7 +101,7 @@ pub(crate) fn receive(
     if let Ok(directory) = File::open(program.parent().unwrap_or(Path::new("/"))) {
         let _ = directory.sync_all();
     }
-    port.mailbox().put(Mail::Leave(End::Updated));
+    port.leave(End::Updated);
     Ok(done())
 }
 
@@ -219,8 +220,7 @@ pub fn watch(
         if !mark(run).exists() {
             return Ok(());
         }
-        let alive = rustix::process::test_kill_process(pid).is_ok();
-        if !alive || Instant::now() >= until {
+        if !is_alive(pid) || Instant::now() >= until {
             break;
         }
         std::thread::sleep(Duration::from_millis(100));
@@ -237,6 +237,15 @@ pub fn watch(
     }
     // The port can be opened once the other has gone.
     Err(Command::new(program).args(arguments).exec())
+}
+
+/// One that nobody has waited for yet is dead all the same.
+fn is_alive(pid: Pid) -> bool {
+    let stat = read_bounded(format!("/proc/{}/stat", pid.as_raw_nonzero()), 4096);
+    stat.is_ok_and(|line| {
+        line.rsplit_once(')')
+            .is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
+    })
 }
 
 #[cfg(test)]
@@ -258,6 +267,21 @@ mod tests {
         assert_eq!(fs::read_to_string(&program).unwrap(), "old");
         assert!(!mark(directory.path()).exists());
         assert!(!beside(&program, ".old").exists());
+    }
+
+    #[test]
+    fn one_that_hangs_is_killed_at_the_deadline() {
+        let directory = tempfile::tempdir().unwrap();
+        let program = directory.path().join("ghost-guest");
+        fs::write(&program, "new").unwrap();
+        fs::write(beside(&program, ".old"), "old").unwrap();
+        fs::write(mark(directory.path()), "1").unwrap();
+        let mut hangs = Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = i32::try_from(hangs.id()).unwrap();
+        let soon = Duration::from_millis(50);
+        watch(&program, directory.path(), pid, true, &[], soon).unwrap();
+        assert!(!hangs.wait().unwrap().success());
+        assert_eq!(fs::read_to_string(&program).unwrap(), "old");
     }
 
     #[test]

@@ -49,21 +49,29 @@ impl Host {
             let channel = Channel::try_from(theirs).unwrap();
             serve(&channel, &options)
         });
-        ours.set_read_timeout(Some(Duration::from_secs(60)))
-            .unwrap();
-        ours.set_write_timeout(Some(Duration::from_secs(60)))
-            .unwrap();
-        let mut host = Self {
-            stream: ours,
-            decoder: Decoder::new(),
-            session: Vec::new(),
-            inbox: VecDeque::new(),
-            agent: Some(agent),
-        };
+        let mut host = Self::over(ours);
+        host.agent = Some(agent);
         let first = host.take(|_| true);
         assert!(matches!(first.payload, Some(Payload::AgentReady(_))));
         assert!(first.session.is_empty());
         host
+    }
+
+    /// An agent that runs elsewhere.
+    pub(crate) fn over(stream: UnixStream) -> Self {
+        stream
+            .set_read_timeout(Some(Duration::from_secs(60)))
+            .unwrap();
+        stream
+            .set_write_timeout(Some(Duration::from_secs(60)))
+            .unwrap();
+        Self {
+            stream,
+            decoder: Decoder::new(),
+            session: Vec::new(),
+            inbox: VecDeque::new(),
+            agent: None,
+        }
     }
 
     pub(crate) fn hello(&mut self, interval: Option<Duration>) -> AgentReady {

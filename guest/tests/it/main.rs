@@ -10,4 +10,6 @@
 mod exec;
 mod files;
 mod host;
+mod program;
 mod session;
+mod system;
