@@ -17,6 +17,8 @@ use super::detail::{MAX_DETAIL, escape};
 use crate::application::Ports;
 use crate::registry::{Model, Registry, VmEntry};
 
+/// How long a call waits for an update of the guest's agent.
+const UPDATE_PATIENCE: Duration = Duration::from_secs(20);
 /// A line that says how something ended is tried again until the pause has grown to this.
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// Lines about refused calls that one principal makes in a minute. The log is bounded, and who may
@@ -122,7 +124,10 @@ impl Door {
         }
         let checked = match (principal.require(Role::Operator), found) {
             (Err(error), _) | (Ok(()), Err(error)) => Err(error),
-            (Ok(()), Ok((id, _))) => self.check(id).map(|()| id),
+            (Ok(()), Ok((id, _))) => {
+                self.let_update(id).await;
+                self.check(id).map(|()| id)
+            }
         };
         let vm = match checked {
             Ok(vm) => vm,
@@ -156,6 +161,16 @@ impl Door {
             Ok(()) => Ok(visit),
             Err(error) => Err(visit.fail(error)),
         }
+    }
+
+    /// Waits while the guest's agent is replaced: whoever calls then need not know of it.
+    async fn let_update(&self, vm: VmId) {
+        let updated = self.registry.wait_for(|model| {
+            let updating = model.vms.get(&vm).is_some_and(|entry| entry.guest.updating);
+            (!updating).then_some(())
+        });
+        // Where it takes longer, the link says how it stands.
+        drop(tokio::time::timeout(UPDATE_PATIENCE, updated).await);
     }
 
     /// All that a call into a guest needs besides the caller's role.

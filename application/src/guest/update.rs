@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use ghost_domain::{Error, ErrorCode, Principal, Result};
+use ghost_domain::{Error, ErrorCode, Principal, Result, VmId};
 
 use super::GuestTarget;
 use super::door::Door;
+use crate::registry::Registry;
 
 /// Replaces a guest's agent by the host's program.
 pub struct UpdateGuest {
@@ -35,7 +36,39 @@ impl UpdateGuest {
             .door
             .enter(principal, target, "update", format!("to sha256:{hash}"))
             .await?;
+        let _updating = Updating::new(&self.door.registry, visit.vm);
         let outcome = self.door.ports.guests.update(visit.vm).await;
         visit.settle(outcome)
+    }
+}
+
+/// While it lives, calls into the guest wait.
+struct Updating {
+    registry: Arc<Registry>,
+    vm: VmId,
+}
+
+impl Updating {
+    fn new(registry: &Arc<Registry>, vm: VmId) -> Self {
+        let this = Self {
+            registry: Arc::clone(registry),
+            vm,
+        };
+        this.set(true);
+        this
+    }
+
+    fn set(&self, updating: bool) {
+        self.registry.observe(|model| {
+            if let Some(entry) = model.vms.get_mut(&self.vm) {
+                entry.guest.updating = updating;
+            }
+        });
+    }
+}
+
+impl Drop for Updating {
+    fn drop(&mut self) {
+        self.set(false);
     }
 }

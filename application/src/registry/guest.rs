@@ -37,6 +37,8 @@ pub(crate) struct GuestSeen {
     pub(crate) counters: Option<(DomainStatistics, Monotonic)>,
     /// The rates that came of the last two looks.
     pub(crate) host: Option<HostRates>,
+    /// Its agent is being replaced, and will be away for a moment.
+    pub(crate) updating: bool,
     /// The agent broke the protocol and is held off.
     pub(crate) misbehaved: Option<String>,
     /// When its coming and going was told last, within the minute.

@@ -324,3 +324,28 @@ impl Agent {
         self.finished(&view.unwrap()).await;
     }
 }
+
+#[tokio::test]
+async fn a_call_waits_while_the_agent_is_replaced() {
+    let world = World::new();
+    world.guests.state.lock().hold_update = true;
+    let agent = std::sync::Arc::new(outdated(&world, GuestPolicy::default()).await);
+    agent
+        .eventually("the update", |agent| {
+            agent.world.guests.calls() == ["update"]
+        })
+        .await;
+    let caller = std::sync::Arc::clone(&agent);
+    let called = tokio::spawn(async move {
+        let exec = &caller.use_cases.exec_in_guest;
+        let me = Agent::me();
+        let target = super::target("web");
+        let session = exec.execute(&me, &target, super::command());
+        session.await.map(drop)
+    });
+    agent.created_and_gone().await;
+    assert_eq!(world.guests.calls(), ["update"], "the call waits");
+    world.guests.state.lock().hold_update = false;
+    called.await.unwrap().unwrap();
+    assert_eq!(world.guests.calls(), ["update", "execute"]);
+}

@@ -41,6 +41,8 @@ pub(crate) struct State {
     pub(crate) program: Option<[u8; 32]>,
     /// How updates end, in order; then they succeed.
     pub(crate) updates: VecDeque<Error>,
+    /// Updates take until this is false.
+    pub(crate) hold_update: bool,
     pub(crate) options: GuestOptions,
     /// What programs do: events, then the end of the link, or nothing more.
     pub(crate) script: Vec<ExecEvent>,
@@ -73,6 +75,7 @@ impl Guests {
                 audit_full: false,
                 program: None,
                 updates: VecDeque::new(),
+                hold_update: false,
                 options: GuestOptions::default(),
                 script: vec![
                     ExecEvent::Started(1),
@@ -396,6 +399,9 @@ impl GuestLinks for Guests {
 
     async fn update(&self, _: VmId) -> Result<()> {
         self.call("update".into(), ())?;
+        while self.state.lock().hold_update {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
         match self.state.lock().updates.pop_front() {
             Some(error) => Err(error),
             None => Ok(()),
