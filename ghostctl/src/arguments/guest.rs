@@ -101,8 +101,8 @@ is a directory the copy goes into it, under its own name; `DIR/.` stands for wha
 
 A file is written under a temporary name, checked end to end, and then renamed: DST is the old one
 or the new one and nothing between. What breaks off goes on where it was, also when the same line is
-run again. Directories are copied whole. Mode, times and owner are kept; in a VM always, here only
-where you are root, and never the set-user-id bits of a guest's file. Symbolic links and special
+run again. Directories are copied whole. Mode, time and owner are kept; the owner here only where you
+are root, and never the set-user-id bits of a guest's file. Symbolic links and special
 files are named and left out, and the exit code is 1 then; -L copies what links lead to.
 
 Examples:

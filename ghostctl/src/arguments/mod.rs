@@ -13,8 +13,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub(crate) use access::{ContextAdd, ContextCommand, KeyCommand, KeyCreate, Role, TrustCommand};
 pub(crate) use guest::{
-    AuditCommand, AuditList, ExecArgs, GuestCommand, GuestFreeze, GuestPassword, GuestShutdown,
-    LockdownArgs, LockdownCommand, ShellArgs, SshKeyCommand, Surroundings, TopArgs,
+    AuditCommand, AuditList, CpArgs, ExecArgs, GuestCommand, GuestFreeze, GuestPassword,
+    GuestShutdown, LockdownArgs, LockdownCommand, ShellArgs, SshKeyCommand, Surroundings, TopArgs,
 };
 pub(crate) use host::{CompletionArgs, EventsArgs, ManArgs, NetworkCommand, Shell, VersionArgs};
 pub(crate) use image::{ImageCommand, ImageImport, ImagePull};
@@ -125,6 +125,8 @@ pub(crate) enum Command {
     Exec(Box<ExecArgs>),
     /// Open a login shell in a VM
     Shell(ShellArgs),
+    /// Copy files and directories into a VM or out of it
+    Cp(CpArgs),
     /// What the agent in a VM can do: status, passwords, keys, clock, freeze
     #[command(subcommand)]
     Guest(GuestCommand),

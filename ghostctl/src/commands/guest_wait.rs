@@ -1,25 +1,16 @@
-//! What is known of a VM's way up, as it comes: its record, and what its guest says of cloud-init.
+//! What is known of a VM's way up, from its record: the agent says in conditions what its guest
+//! told.
 
-use std::time::Duration;
-
-use ghost_proto::agent::v1::{WatchTelemetryRequest, WatchVmRequest};
-use ghost_proto::view::{Condition, GuestCloudInit, Vm};
-use tokio::time::{Instant, sleep_until};
-use tonic::Streaming;
+use ghost_proto::agent::v1::WatchVmRequest;
+use ghost_proto::view::{Condition, Vm};
 
 use crate::connect::Agent;
 use crate::errors::{ErrorCode, Failure};
-
-/// The record may say that cloud-init is over a moment before the guest's own words are here.
-const GRACE: Duration = Duration::from_secs(2);
 
 /// What is known so far.
 #[derive(Default)]
 pub(super) struct Facts {
     pub(super) vm: Option<Vm>,
-    pub(super) cloud_init: Option<GuestCloudInit>,
-    /// The record says for a while that cloud-init is over, whatever the guest says.
-    settled: bool,
 }
 
 /// How cloud-init stands.
@@ -28,8 +19,8 @@ pub(super) enum CloudInit {
     Finished,
     /// The guest has none, or it is switched off there.
     Absent,
-    /// With what went wrong.
-    Failed(Vec<String>),
+    /// With what went wrong, in its own words.
+    Failed(String),
 }
 
 impl Facts {
@@ -38,17 +29,13 @@ impl Facts {
         vm.conditions.iter().find(|known| known.r#type == kind)
     }
 
-    fn holds(&self, kind: &str) -> bool {
-        self.condition(kind).is_some_and(|known| known.status)
-    }
-
     pub(super) fn address(&self) -> Option<&String> {
         self.vm.as_ref().and_then(first_address)
     }
 
     /// Whether the agent in the VM answers.
     pub(super) fn agent(&self) -> bool {
-        self.holds("agent")
+        self.condition("agent").is_some_and(|known| known.status)
     }
 
     /// What the record says of the agent, for people.
@@ -56,27 +43,31 @@ impl Facts {
         self.condition("agent")?.reason.as_deref()
     }
 
+    /// The reason's first word is cloud-init's status; behind a colon stands what went wrong.
     pub(super) fn cloud_init(&self) -> CloudInit {
-        let told = self.cloud_init.as_ref();
-        match told.map_or("", |told| told.status.as_str()) {
-            "error" => CloudInit::Failed(told.map(|told| told.errors.clone()).unwrap_or_default()),
-            "done" => match told.map(|told| told.errors.clone()) {
-                Some(errors) if !errors.is_empty() => CloudInit::Failed(errors),
-                _ => CloudInit::Finished,
-            },
-            "absent" | "disabled" => CloudInit::Absent,
-            _ if self.settled => CloudInit::Finished,
-            _ => CloudInit::NotYet,
+        let Some(condition) = self.condition("cloud-init") else {
+            return CloudInit::NotYet;
+        };
+        let reason = condition.reason.as_deref().unwrap_or_default();
+        let (status, errors) = match reason.split_once(": ") {
+            Some((status, errors)) => (status, Some(errors)),
+            None => (reason, None),
+        };
+        match (status.split(' ').next(), condition.status, errors) {
+            // It came to its end in spite of them; who waits for it wants to know of them.
+            (Some("error"), false, errors) => {
+                CloudInit::Failed(errors.unwrap_or("it says no more").to_owned())
+            }
+            (_, true, Some(errors)) => CloudInit::Failed(errors.to_owned()),
+            (Some("absent" | "disabled"), true, None) => CloudInit::Absent,
+            (_, true, None) => CloudInit::Finished,
+            (_, false, _) => CloudInit::NotYet,
         }
     }
 
     /// Where cloud-init is, for people: `running modules-config`.
-    pub(super) fn cloud_init_phase(&self) -> Option<String> {
-        let told = self.cloud_init.as_ref()?;
-        Some(match &told.stage {
-            Some(stage) => format!("{} {stage}", told.status),
-            None => told.status.clone(),
-        })
+    pub(super) fn cloud_init_phase(&self) -> Option<&str> {
+        self.condition("cloud-init")?.reason.as_deref()
     }
 }
 
@@ -85,23 +76,19 @@ pub(super) fn first_address(vm: &Vm) -> Option<&String> {
     vm.nics.iter().flat_map(|nic| &nic.addresses).next()
 }
 
-/// Why cloud-init counts as failed, with its own words.
-pub(super) fn cloud_init_failure(vm: &str, errors: &[String]) -> Failure {
-    let failure = Failure::new(ErrorCode::GuestFailed, format!("cloud-init in {vm} failed")).hint(
-        format!("ghostctl exec {vm} -- cloud-init status --long, ghostctl vm logs {vm}"),
-    );
-    if errors.is_empty() {
-        failure.because("it says no more")
-    } else {
-        failure.because(errors.join("; "))
-    }
+/// cloud-init failed, with its own words.
+pub(super) fn cloud_init_failure(vm: &str, errors: &str) -> Failure {
+    Failure::new(ErrorCode::GuestFailed, format!("cloud-init in {vm} failed"))
+        .because(errors)
+        .hint(format!(
+            "ghostctl exec {vm} -- cloud-init status --long, ghostctl vm logs {vm}"
+        ))
 }
 
 /// Follows a VM until `decide` has an answer. It is asked again at each change.
 pub(super) async fn watch<T>(
     agent: &Agent,
     name: &str,
-    with_guest: bool,
     facts: &mut Facts,
     mut decide: impl FnMut(&Facts) -> Result<Option<T>, Failure>,
 ) -> Result<T, Failure> {
@@ -114,62 +101,13 @@ pub(super) async fn watch<T>(
         .await
         .map_err(failed)?
         .into_inner();
-    let mut guest = None;
-    let mut settles = None;
-    loop {
-        // Asked for once the VM is known to run; an agent that cannot tell, or a VM that went down,
-        // ends the stream, and the record alone decides then.
-        if with_guest && guest.is_none() && facts.agent() {
-            guest = agent
-                .guest()
-                .watch_telemetry(WatchTelemetryRequest {
-                    vm: name.to_owned(),
-                })
-                .await
-                .map(tonic::Response::into_inner)
-                .ok();
-        }
-        tokio::select! {
-            vm = vms.message() => match vm.map_err(failed)? {
-                Some(vm) => facts.vm = Some(Vm::from(vm)),
-                None => return Err(gone(facts.vm.as_ref())),
-            },
-            told = told(&mut guest) => match told {
-                Some(told) => facts.cloud_init = Some(told),
-                None => guest = None,
-            },
-            () = sleep_until(settles.unwrap_or_else(Instant::now)), if settles.is_some() && !facts.settled => {
-                facts.settled = true;
-            }
-        }
-        if facts.holds("cloud-init") {
-            settles.get_or_insert_with(|| Instant::now() + GRACE);
-        } else {
-            settles = None;
-        }
+    while let Some(vm) = vms.message().await.map_err(failed)? {
+        facts.vm = Some(Vm::from(vm));
         if let Some(answer) = decide(facts)? {
             return Ok(answer);
         }
     }
-}
-
-/// The guest's next word on cloud-init; never, where there is no stream. `None`: it has ended.
-async fn told(
-    stream: &mut Option<Streaming<ghost_proto::agent::v1::GuestTelemetry>>,
-) -> Option<GuestCloudInit> {
-    let Some(open) = stream else {
-        return std::future::pending().await;
-    };
-    loop {
-        let telemetry = open.message().await.ok().flatten()?;
-        if let Some(cloud_init) = telemetry.cloud_init {
-            return Some(cloud_init.into());
-        }
-    }
-}
-
-fn gone(last: Option<&Vm>) -> Failure {
-    match last {
+    Err(match &facts.vm {
         Some(vm) => Failure::new(ErrorCode::VmNotFound, format!("{} is gone", vm.name))
             .because("it was deleted while it was waited for"),
         None => Failure::new(
@@ -177,5 +115,5 @@ fn gone(last: Option<&Vm>) -> Failure {
             "the agent ended the wait without an answer",
         )
         .hint("ghostctl status"),
-    }
+    })
 }

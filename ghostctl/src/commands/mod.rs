@@ -5,6 +5,7 @@ mod audit;
 mod change;
 mod completion;
 mod context;
+mod cp;
 mod describe;
 mod events;
 mod exec;
@@ -49,6 +50,7 @@ pub(crate) async fn run(command: Command, session: &Session) -> Result<Exit, Fai
         Command::List(args) => vm_show::list(args, session).await,
         Command::Exec(args) => exec::exec(*args, session).await,
         Command::Shell(args) => exec::shell(args, session).await,
+        Command::Cp(args) => cp::run(args, session).await,
         Command::Guest(command) => guest::run(command, session).await,
         Command::Lockdown(args) => lockdown::run(args, session).await,
         Command::Audit(command) => audit::run(command, session).await,

@@ -70,7 +70,7 @@ pub(super) async fn follow(
             begun.elapsed().as_secs_f64()
         ));
     };
-    let watch = guest_wait::watch(agent, name, true, &mut facts, |facts| {
+    let watch = guest_wait::watch(agent, name, &mut facts, |facts| {
         let Some(vm) = &facts.vm else { return Ok(None) };
         has_not_failed(vm)?;
         if vm.state == VmState::Running && !told.running {
@@ -105,7 +105,9 @@ pub(super) async fn follow(
                 CloudInit::Failed(errors) => return Err(cloud_init_failure(&vm.name, &errors)),
             },
         };
-        tracker.update(&format!("waiting for {}", awaited(facts, &told)), None);
+        if !there {
+            tracker.update(&format!("waiting for {}", awaited(facts, &told)), None);
+        }
         Ok(there.then_some(()))
     });
     let limited = async {
@@ -148,7 +150,7 @@ pub(super) async fn follow(
 fn awaited(facts: &Facts, told: &Told) -> String {
     if told.agent {
         match facts.cloud_init_phase() {
-            Some(phase) => format!("cloud-init ({})", printable(&phase)),
+            Some(phase) => format!("cloud-init ({})", printable(phase)),
             None => "cloud-init".to_owned(),
         }
     } else if told.address {
@@ -162,7 +164,6 @@ fn awaited(facts: &Facts, told: &Told) -> String {
 
 /// The wait is over and the VM is not there yet.
 fn late(name: &str, following: Following, facts: &Facts) -> Failure {
-    let cloud_init = facts.cloud_init.as_ref();
     let missing = if facts.agent() {
         "has not finished cloud-init"
     } else if facts.address().is_some() {
@@ -177,14 +178,8 @@ fn late(name: &str, following: Following, facts: &Facts) -> Failure {
     .hint(format!(
         "it goes on: ghostctl vm wait {name} --for agent, ghostctl guest status {name}"
     ));
-    if let Some(cloud_init) = cloud_init {
-        let stage = cloud_init.stage.as_deref().unwrap_or("no stage");
-        let errors = cloud_init.errors.join("; ");
-        failure = failure.because(if errors.is_empty() {
-            format!("cloud-init is {} in {stage}", cloud_init.status)
-        } else {
-            format!("cloud-init is {} in {stage}: {errors}", cloud_init.status)
-        });
+    if let Some(phase) = facts.cloud_init_phase().filter(|_| facts.agent()) {
+        failure = failure.because(format!("cloud-init is {phase}"));
     } else if let Some(reason) = facts.agent_reason() {
         failure = failure.because(reason);
     }

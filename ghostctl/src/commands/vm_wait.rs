@@ -19,17 +19,17 @@ pub(super) async fn run(args: VmWait, session: &Session) -> Result<Exit, Failure
     let agent = session.agent().await?;
     let mut tracker = session.printer.progress().track(&args.name);
     let mut facts = Facts::default();
-    let with_guest = args.what == WaitFor::CloudInit;
     let watched = tokio::time::timeout(
         args.timeout,
-        guest_wait::watch(&agent, &args.name, with_guest, &mut facts, |facts| {
+        guest_wait::watch(&agent, &args.name, &mut facts, |facts| {
             let Some(vm) = &facts.vm else { return Ok(None) };
             if reached(args.what, vm, facts)? {
                 return Ok(Some(vm.clone()));
             }
             let phase = facts
                 .cloud_init_phase()
-                .map(|phase| format!(" ({})", printable(&phase)))
+                .filter(|_| args.what == WaitFor::CloudInit && facts.agent())
+                .map(|phase| format!(" ({})", printable(phase)))
                 .unwrap_or_default();
             tracker.update(&format!("{}, waiting for {what}{phase}", vm.state), None);
             Ok(None)
@@ -42,7 +42,9 @@ pub(super) async fn run(args: VmWait, session: &Session) -> Result<Exit, Failure
         Err(match &facts.vm {
             Some(vm) => {
                 let why = match (args.what, facts.cloud_init_phase(), facts.agent_reason()) {
-                    (WaitFor::CloudInit, Some(phase), _) => format!(", cloud-init is {phase}"),
+                    (WaitFor::CloudInit, Some(phase), _) if facts.agent() => {
+                        format!(", cloud-init is {phase}")
+                    }
                     (WaitFor::Agent | WaitFor::CloudInit, _, Some(reason)) => {
                         format!(", and of its agent is known: {reason}")
                     }

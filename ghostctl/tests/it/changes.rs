@@ -295,7 +295,7 @@ fn vm_wait_follows_the_vm() {
         "vm wait web-1 --for agent --timeout 300ms",
         "vm wait guest-ready --for agent",
         "vm wait guest-ready --for cloud-init",
-        "vm wait guest-silent --for cloud-init -q",
+        "vm wait guest-spotty --for cloud-init -q",
         "vm wait guest-plain --for cloud-init -q",
         "vm wait guest-broken --for cloud-init -q",
         "vm wait guest-slow --for cloud-init -q --timeout 300ms",
@@ -309,7 +309,7 @@ fn a_launch_follows_the_guest_as_far_as_is_wanted() {
     insta::assert_snapshot!(person.says_all(&[
         "launch debian-12 guest-ready --wait cloud-init",
         "launch debian-12 guest-plain --wait cloud-init",
-        "launch debian-12 guest-silent --wait agent -q",
+        "launch debian-12 guest-slow --wait agent -q",
         "launch debian-12 guest-ready --wait running",
         "launch debian-12 guest-ready --wait none",
         "vm create guest-ready --image debian-12 --start --wait address",
@@ -336,7 +336,10 @@ fn a_launch_on_a_terminal_shows_the_guest_come_up_and_can_be_left() {
     let (code, _, seen) = terminal.exit("cloud-init has finished");
     assert_eq!(code, Some(0));
     assert!(seen.contains("guest-ready: address 10.77.0.2"), "{seen}");
-    assert!(seen.contains("guest-ready: agent answers, 0.1.0"), "{seen}");
+    assert!(
+        seen.contains("guest-ready: agent answers, ghost-guest 0.1.0"),
+        "{seen}"
+    );
 
     let mut terminal = Terminal::start(&person, "launch debian-12 guest-slow");
     terminal.shows("agent answers");

@@ -83,8 +83,11 @@ impl Terminal {
 
     /// Reads until a text has been shown.
     pub(crate) fn shows(&mut self, text: &str) {
+        // For all of it: a picture that is drawn again and again is never silent.
+        let until = Instant::now() + PATIENCE;
         while !String::from_utf8_lossy(&self.seen).contains(text) {
-            match self.output.recv_timeout(PATIENCE) {
+            let left = until.saturating_duration_since(Instant::now());
+            match self.output.recv_timeout(left) {
                 Ok(bytes) => self.seen.extend(bytes),
                 Err(_) => panic!(
                     "{text:?} was never shown: {}",

@@ -10,10 +10,12 @@
 mod changes;
 mod console;
 mod contexts;
+mod cp;
 mod errors;
 mod fake;
 mod guest;
 mod output;
 mod run;
 mod shell;
+mod telemetry;
 mod traces;

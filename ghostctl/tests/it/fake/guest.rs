@@ -143,32 +143,6 @@ fn silent(name: &str) -> GuestTelemetry {
     }
 }
 
-/// A guest in the stage that its name says.
-fn in_stage(name: &str) -> Option<GuestTelemetry> {
-    let (status, stage, errors) = match name {
-        "guest-ready" => ("done", "modules-final", vec![]),
-        "guest-plain" => ("absent", "", vec![]),
-        "guest-slow" => ("running", "modules-config", vec![]),
-        "guest-broken" => (
-            "error",
-            "modules-final",
-            vec![
-                "('runcmd', 'exit 1')\x1b[2J".to_owned(),
-                "('users', 'x')".to_owned(),
-            ],
-        ),
-        _ => return None,
-    };
-    Some(GuestTelemetry {
-        cloud_init: Some(GuestCloudInit {
-            status: status.to_owned(),
-            stage: stage.to_owned(),
-            errors,
-        }),
-        ..telemetry(name)
-    })
-}
-
 fn layer(name: &str, ok: bool, detail: &str, hint: &str) -> GuestLayer {
     GuestLayer {
         name: name.to_owned(),
@@ -413,6 +387,10 @@ impl Fake {
                 hash.write(piece);
                 let _ = send(Event::Data(piece.to_vec().into())).await;
                 sent += piece.len() as u64;
+                if sent >= breaks && request.path.contains("hang") {
+                    self.happened("hangs");
+                    sender.closed().await;
+                }
                 if sent >= breaks {
                     return Err(refused("guest_unreachable", "the guest went away"));
                 }
@@ -761,7 +739,6 @@ impl GuestService for Fake {
         let vm = self.note(request).vm;
         refuse(&vm)?;
         let mut known = self.0.guest.telemetry.lock().unwrap().clone();
-        known.extend(in_stage(&vm));
         known.retain(|known| vm.is_empty() || known.vm_name == vm);
         Ok(Response::new(stream(|sender| async move {
             for telemetry in known {

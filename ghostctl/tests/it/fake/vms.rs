@@ -90,7 +90,7 @@ fn policy() -> GuestPolicy {
     }
 }
 
-/// A VM whose agent answers; of `guest-ready` and `guest-silent` cloud-init is over, too.
+/// A VM whose agent answers, and whose cloud-init is where the name says.
 fn with_agent(name: &str) -> Vm {
     let condition = |kind: &str, status: bool, reason: &str| Condition {
         r#type: kind.to_owned(),
@@ -98,11 +98,20 @@ fn with_agent(name: &str) -> Vm {
         reason: reason.to_owned(),
         since: moment(-5),
     };
-    let over = matches!(name, "guest-ready" | "guest-silent");
+    let (over, reason) = match name {
+        "guest-ready" => (true, "done"),
+        "guest-plain" => (true, "absent"),
+        "guest-spotty" => (true, "done: ('users', 'no such group')"),
+        "guest-broken" => (
+            false,
+            "error modules-final: ('runcmd', 'exit 1')\x1b[2J; ('users', 'x')",
+        ),
+        _ => (false, "running modules-config"),
+    };
     Vm {
         conditions: vec![
-            condition("agent", true, "0.1.0"),
-            condition("cloud-init", over, ""),
+            condition("agent", true, "ghost-guest 0.1.0"),
+            condition("cloud-init", over, reason),
         ],
         guest: Some(policy()),
         ..vm(name)
