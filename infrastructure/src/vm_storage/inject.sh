@@ -38,6 +38,7 @@ copy() {
 
 install_program() {
     chmod 0755 "$program" || return 1
+    umask 022
     # A service manager that waits for the boot to end, while the boot waits for this, is given up.
     if command -v timeout >/dev/null 2>&1; then
         timeout 60 "$program" install "$@"

@@ -185,3 +185,60 @@ async fn without_a_program_auto_does_without_and_always_says_so() {
     let image = written(&fixture, &seed(GuestInject::Never, None)).await;
     assert_eq!(read(&image, "ghost-guest"), None);
 }
+
+/// What cloud-init's own code makes of the archive: content type and payload of each part.
+const READ_AS_CLOUD_INIT: &str = r#"
+import json, sys
+from cloudinit import helpers, settings, user_data
+paths = helpers.Paths({"cloud_dir": sys.argv[2], "run_dir": sys.argv[2]})
+message = user_data.UserDataProcessor(paths).process(open(sys.argv[1], "rb").read())
+print(json.dumps([
+    (part.get_content_type(), part.get_payload(decode=True).decode())
+    for part in message.walk() if part.get_content_maintype() != "multipart"
+]))
+"#;
+
+#[tokio::test]
+async fn cloud_init_itself_finds_both_parts() {
+    let known = Command::new("python3")
+        .args(["-c", "import cloudinit.user_data"])
+        .output();
+    if !known.is_ok_and(|output| output.status.success()) {
+        println!("skipped: python3 finds no cloudinit (apt-get install cloud-init, or PYTHONPATH)");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (path, _) = program(folder.path(), 100);
+    let fixture = Fixture::with_program(GuestProgram::at(path));
+    for (user, kinds) in [
+        (
+            Some("alice"),
+            &["text/cloud-config", "text/cloud-boothook"][..],
+        ),
+        (None, &["text/cloud-boothook"]),
+    ] {
+        let image = written(&fixture, &seed(GuestInject::Auto, user)).await;
+        let file = folder.path().join("vendor-data");
+        fs::write(&file, read(&image, "vendor-data").unwrap()).unwrap();
+        let output = Command::new("python3")
+            .args(["-c", READ_AS_CLOUD_INIT])
+            .arg(&file)
+            .arg(folder.path())
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{said}");
+        let parts: Vec<(String, String)> = serde_json::from_slice(&output.stdout).unwrap();
+        let found: Vec<&str> = parts.iter().map(|(kind, _)| kind.as_str()).collect();
+        assert_eq!(found, kinds);
+        let hook = &parts.last().unwrap().1;
+        assert!(
+            hook.starts_with("#cloud-boothook\n#!/bin/sh\n"),
+            "{hook:.60}"
+        );
+        assert!(hook.ends_with("exit 0\n"));
+        if user.is_some() {
+            assert!(parts[0].1.contains("name: alice"), "{}", parts[0].1);
+        }
+    }
+}
