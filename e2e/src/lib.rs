@@ -4,7 +4,7 @@
 //! Start reading at [`auditor`]: every system test ends with it. [`agent::Agent`] runs a real
 //! `ghost-agent`, [`ctl::Ctl`] a real `ghostctl`.
 //!
-//! All but the auditor is for tests and the benchmark: it panics with an explanation where the
+//! All but the auditor and [`hostile`] is for tests and the benchmark: it panics with an explanation where the
 //! test cannot go on.
 
 pub mod agent;
@@ -12,6 +12,7 @@ pub mod auditor;
 pub mod binaries;
 pub mod ctl;
 pub mod guest;
+pub mod hostile;
 pub mod http;
 pub mod libvirt;
 pub mod proxy;

@@ -2,7 +2,16 @@
 
 mod calls;
 mod fake;
+mod hostility;
 mod life;
+
+#[path = "../../../../e2e/src/hostile.rs"]
+#[expect(
+    unreachable_pub,
+    dead_code,
+    reason = "the library of another program, which uses what is not used here"
+)]
+mod hostile;
 
 use std::sync::Arc;
 use std::time::Duration;
