@@ -103,6 +103,8 @@ struct Engine<'a> {
     attached: bool,
     hold_until: Option<Instant>,
     leaving: Option<(u32, End)>,
+    /// The mailbox has something.
+    mail: bool,
     dropped: u64,
     scratch: Vec<u8>,
 }
@@ -150,6 +152,7 @@ impl<'a> Engine<'a> {
             attached: !channel.is_port(),
             hold_until: None,
             leaving: None,
+            mail: false,
             dropped: 0,
             scratch: vec![0; 64 * 1024],
         })
@@ -215,7 +218,7 @@ impl<'a> Engine<'a> {
                 self.readable |= readable || hung_up;
                 self.writable |= writable;
             }
-            MAILBOX => {}
+            MAILBOX => self.mail = true,
             token => {
                 let Ok(serial) = u32::try_from(token >> 3) else {
                     return;
@@ -693,6 +696,9 @@ impl<'a> Engine<'a> {
 
     /// What other threads have to say.
     fn take_mail(&mut self) -> bool {
+        if !std::mem::take(&mut self.mail) {
+            return false;
+        }
         let mails = self.mailbox.take();
         let any = !mails.is_empty();
         for mail in mails {
@@ -864,6 +870,7 @@ impl<'a> Engine<'a> {
     fn wait_for_dying(&mut self) {
         let until = Instant::now() + Duration::from_secs(5);
         while Instant::now() < until {
+            self.mail = true;
             self.take_mail();
             self.dying.retain_mut(|dying| !dying.is_gone());
             if self.dying.is_empty() {

@@ -91,7 +91,9 @@ pub(crate) struct Exec {
     serial: u32,
     child: Child,
     mark: String,
-    started: bool,
+    /// Whether it has to be looked whether the program runs by now, and whether it has ended.
+    look_started: bool,
+    look_exited: bool,
     input: Option<Input>,
     /// What the host may still send of stdin, and what of it was consumed without a grant.
     credit: u64,
@@ -216,7 +218,8 @@ impl Exec {
             serial,
             child,
             mark,
-            started: false,
+            look_started: false,
+            look_exited: false,
             input,
             credit: INITIAL_WINDOW,
             ungranted: 0,
@@ -275,7 +278,14 @@ impl Exec {
     /// Takes note of an event.
     pub(crate) fn ready(&mut self, source: Source, readable: bool, writable: bool, hung_up: bool) {
         let stream = match source {
-            Source::Started | Source::Exited => return,
+            Source::Started => {
+                self.look_started = true;
+                return;
+            }
+            Source::Exited => {
+                self.look_exited = true;
+                return;
+            }
             Source::Stdin => None,
             Source::Stdout | Source::Terminal => Some(Stream::Stdout),
             Source::Stderr => Some(Stream::Stderr),
@@ -401,10 +411,16 @@ impl Exec {
     pub(crate) fn turn(&mut self, scratch: &mut [u8], waiting: usize) -> Turn {
         let mut turn = Turn::default();
         let now = Instant::now();
-        match self.child.outcome() {
+        // Not asked in vain: under emulation every system call counts.
+        let polling = self.needs_polling();
+        let outcome = if std::mem::take(&mut self.look_started) || self.look_exited || polling {
+            self.child.outcome()
+        } else {
+            None
+        };
+        match outcome {
             None => {}
             Some(Ok(())) => {
-                self.started = true;
                 turn.messages.push(response(Event::Started(Started {
                     pid: u32::try_from(self.child.pid().as_raw_nonzero().get()).unwrap_or(0),
                 })));
@@ -423,6 +439,7 @@ impl Exec {
         self.feed(&mut turn);
         if self.exit.is_none()
             && !self.sweeping
+            && (self.look_exited || polling)
             && self.child.starting().is_none()
             && let Some(exit) = self.child.try_wait()
         {

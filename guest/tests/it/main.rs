@@ -13,3 +13,4 @@ mod host;
 mod program;
 mod session;
 mod system;
+mod vm;
