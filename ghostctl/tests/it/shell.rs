@@ -40,6 +40,22 @@ fn names_are_completed_live() {
         tab(&person, "ghostctl vm wait web-1 --for a"),
         ["address", "agent"]
     );
+    for line in [
+        "exec d",
+        "shell d",
+        "guest status d",
+        "vm top d",
+        "audit list --vm d",
+    ] {
+        assert_eq!(
+            tab(&person, &format!("ghostctl {line}")),
+            ["db-1"],
+            "{line}"
+        );
+    }
+    // A copy has a VM on one side and a local path on the other.
+    std::fs::write(person.home.path().join("dump.sql"), "").unwrap();
+    assert_eq!(tab(&person, "ghostctl cp d"), ["db-1:/", "dump.sql"]);
     assert!(tab(&person, "ghostctl vm re").contains(&"restart".to_owned()));
 }
 
@@ -83,6 +99,9 @@ fn the_manual_has_a_page_a_command() {
         "ghostctl-vm",
         "ghostctl-vm-create",
         "ghostctl-trust-token",
+        "ghostctl-exec",
+        "ghostctl-cp",
+        "ghostctl-guest-ssh-key-add",
     ] {
         let path = person.home.path().join("pages").join(format!("{page}.1"));
         assert!(

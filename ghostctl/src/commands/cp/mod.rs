@@ -276,7 +276,10 @@ impl Retry {
     /// Waits before the next try, or hands the failure back where there is none.
     async fn again(&mut self, failure: Failure, copy: &Copy<'_>) -> Result<(), Failure> {
         self.tries += 1;
-        if !self.begun || !broke(&failure) || self.tries > TRIES {
+        // A guest takes only so many calls at once: those of other people end, too.
+        let crowded = failure.code() == ErrorCode::TooManyRequests.as_str();
+        let goes_on = crowded || (self.begun && broke(&failure));
+        if !goes_on || self.tries > TRIES {
             return Err(failure);
         }
         copy.tally.broke();
