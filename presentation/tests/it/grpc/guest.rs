@@ -5,6 +5,8 @@ use std::sync::atomic::Ordering;
 use bytes::Bytes;
 use futures::StreamExt;
 use ghost_domain::Principal;
+use ghost_domain::guest::GuestTelemetry;
+use ghost_domain::ports::GuestEvent;
 use ghost_proto::agent::v1 as message;
 use ghost_proto::agent::v1::guest_service_client::GuestServiceClient;
 use message::exec_input::{Input, StdinEnd};
@@ -16,7 +18,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Status, Streaming};
 
 use super::*;
-use crate::guests::{HOSTILE, sum_of};
+use crate::guests::{HOSTILE, hello, sum_of};
 
 type Client = GuestServiceClient<Channel>;
 type Inputs = mpsc::Sender<message::ExecInput>;
@@ -555,4 +557,59 @@ async fn revoking_somebody_ends_a_program_that_never_pauses() {
         }
     });
     assert_eq!(reason(&ended.await.unwrap()), "unauthenticated");
+}
+
+#[tokio::test]
+async fn telemetry_is_told_as_it_comes() {
+    let served = Served::running().await;
+    let mut client = client(&served).await;
+    let guest = &served.world.knobs.guest;
+    let watch = message::WatchTelemetryRequest { vm: "web".into() };
+    let mut from = client.watch_telemetry(watch).await.unwrap().into_inner();
+    let vm = served.world.vm;
+    guest.tell(GuestEvent::Connected {
+        vm,
+        hello: hello(),
+        rebooted: false,
+    });
+    let report = GuestTelemetry {
+        processes: 7,
+        memory_total_bytes: 1 << 20,
+        memory_available_bytes: 1 << 18,
+        swap_total_bytes: 10,
+        swap_free_bytes: 11,
+        users: vec![HOSTILE.into()],
+        ..GuestTelemetry::default()
+    };
+    guest.tell(GuestEvent::Telemetry {
+        vm,
+        report: Box::new(report),
+    });
+    let waited = tokio::time::timeout(Duration::from_secs(20), async {
+        loop {
+            let told = from.message().await.unwrap().unwrap();
+            if told.processes > 0 {
+                return told;
+            }
+        }
+    });
+    let told = waited.await.unwrap();
+    let sample = told.sample.unwrap();
+    assert_eq!(
+        (told.vm_name.as_str(), sample.source.as_str()),
+        ("web", "guest")
+    );
+    assert_eq!(sample.memory_used_bytes, Some(768 << 10));
+    assert_eq!((told.processes, told.swap_used_bytes), (7, 0));
+    assert_eq!(told.users, [HOSTILE]);
+    assert_eq!(told.kernel, "6.1");
+    let history = message::GetGuestHistoryRequest {
+        vm: "web".into(),
+        span: None,
+    };
+    let history = client.get_history(history).await.unwrap().into_inner();
+    assert_eq!(
+        history.samples.last().unwrap().memory_used_bytes,
+        Some(768 << 10)
+    );
 }

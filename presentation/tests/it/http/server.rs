@@ -24,7 +24,10 @@ impl Drop for Served {
 }
 
 async fn served() -> Served {
-    let shell = Shell::new().await;
+    serving(Shell::new().await).await
+}
+
+async fn serving(shell: Shell) -> Served {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let options = ServerOptions {
@@ -113,4 +116,32 @@ async fn a_shutdown_cuts_what_does_not_end() {
         TcpStream::connect(served.address).await.is_err(),
         "nobody listens any more"
     );
+}
+
+#[tokio::test]
+async fn a_download_ends_with_its_checksum_on_the_wire() {
+    let served = serving(Shell::running().await).await;
+    let guest = &served.shell.world.knobs.guest;
+    guest.put("/f", b"hallo");
+    let key = &served.shell.key;
+    let request = format!(
+        "GET /v1/vms/web/files?path=/f HTTP/1.1\r\nHost: x\r\nX-API-Key: {key}\r\nTE: trailers\r\nConnection: close\r\n\r\n"
+    );
+    let sum = hex::encode(crate::guests::sum_of(b"hallo").checksum);
+    let answer = exchange(served.address, request.as_bytes()).await;
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    assert!(head.contains("\r\ntransfer-encoding: chunked"), "{head}");
+    assert_eq!(
+        body,
+        format!("5\r\nhallo\r\n0\r\nx-ghost-checksum: {sum}\r\n\r\n")
+    );
+
+    // Cut off in the middle there is no last chunk, so that nobody takes it for the whole.
+    guest.put("/f", &vec![b'x'; 900_000]);
+    guest
+        .breaks_after
+        .store(1, std::sync::atomic::Ordering::SeqCst);
+    let answer = exchange(served.address, request.as_bytes()).await;
+    assert!(answer.starts_with("HTTP/1.1 200"));
+    assert!(!answer.ends_with("0\r\n\r\n") && !answer.contains("x-ghost-checksum: "));
 }

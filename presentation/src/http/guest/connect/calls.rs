@@ -1,263 +1,34 @@
-//! `limiquantix.compute.v1.VMService` for guests: five calls of the Connect protocol's unary form
-//! with JSON (<https://connectrpc.com/docs/protocol/#unary-request>), under the paths and with the
-//! field names that its clients use, so that those go on working with a key added.
-//!
-//! Names of fields are protobuf's JSON names, and the original ones are taken as well; 64-bit
-//! numbers come as text (<https://protobuf.dev/programming-guides/json/>). What is not understood
-//! is refused here too: a script that runs as somebody else than was asked for is worse than none.
+//! The five calls.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::Json;
-use axum::extract::{FromRequest, Request, State};
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use base64::Engine;
-use base64::alphabet::{STANDARD, URL_SAFE};
 use base64::engine::general_purpose::STANDARD as BASE64;
-use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use ghost_application::guest::ReadGuestFileCommand;
 use ghost_domain::guest::{ExecRequest, FileWrite};
 use ghost_domain::{Error, ErrorCode, Result};
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Deserializer, Serialize};
-use tonic::Code;
+use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::super::Shell;
-use super::super::extract::{Caller, json_bytes, one};
-use super::RequestName;
-use super::bodies::{MOST_OUTPUT, bounds};
-use super::exec::{Captured, collect};
+use super::super::super::Shell;
+use super::super::super::extract::Caller;
+use super::super::RequestName;
+use super::super::bodies::{MOST_OUTPUT, bounds};
+use super::super::exec::{Captured, collect};
+use super::error::{ConnectError, ConnectFailure};
+use super::wire::{Called, engine, number, within};
 use crate::convert;
-use crate::grpc::guard::code_name;
-use crate::grpc::status::grpc_code;
 
-/// Where these calls are.
-pub(in crate::http) const PREFIX: &str = "/limiquantix.compute.v1.VMService/";
-/// Most bytes of a request: a mebibyte as base64, and the rest.
-const MOST_BODY: usize = 1536 * 1024;
 /// Most bytes of a file in one answer.
 const MOST_CONTENT: u64 = 1024 * 1024;
 /// The time that a call without a deadline of its own gets, scripts aside.
 const USUAL_TIME: Duration = Duration::from_secs(30);
 
-/// An error as Connect writes it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
-pub(in crate::http) struct ConnectError {
-    /// Connect's name of the kind of error.
-    code: String,
-    /// What went wrong, why, and what to do.
-    message: String,
-    /// Our own code and its parts, as a `google.rpc.ErrorInfo`.
-    details: Vec<ConnectDetail>,
-}
-
-/// A part of an error.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
-pub(in crate::http) struct ConnectDetail {
-    r#type: String,
-    /// The message's bytes, base64 without padding.
-    value: String,
-    /// The same, for people.
-    debug: Debug,
-}
-
-/// What an `ErrorInfo` says.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
-pub(in crate::http) struct Debug {
-    reason: String,
-    domain: String,
-}
-
-/// An error on its way to a caller of these.
-#[derive(Debug)]
-pub(in crate::http) struct ConnectFailure(pub(in crate::http) Error);
-
-impl From<Error> for ConnectFailure {
-    fn from(error: Error) -> Self {
-        Self(error)
-    }
-}
-
-impl IntoResponse for ConnectFailure {
-    fn into_response(self) -> Response {
-        let Self(error) = self;
-        let code = grpc_code(error.code());
-        if code == Code::Internal {
-            tracing::error!(
-                code = error.code().as_str(),
-                cause = error.cause(),
-                "{}",
-                error.message()
-            );
-        }
-        let mut message = error.message().to_owned();
-        for more in [error.cause(), error.hint_text()].into_iter().flatten() {
-            message.push_str(": ");
-            message.push_str(more);
-        }
-        let reason = error.code().as_str();
-        let body = ConnectError {
-            // Connect spells this one as Americans do.
-            code: code_name(code).replace("cancelled", "canceled"),
-            message,
-            details: vec![ConnectDetail {
-                r#type: "google.rpc.ErrorInfo".to_owned(),
-                value: engine(false).encode(error_info(reason)),
-                debug: Debug {
-                    reason: reason.to_owned(),
-                    domain: crate::grpc::status::ERROR_DOMAIN.to_owned(),
-                },
-            }],
-        };
-        let mut response = (http_status(code), Json(body)).into_response();
-        if code == Code::Unauthenticated {
-            response.headers_mut().insert(
-                header::WWW_AUTHENTICATE,
-                HeaderValue::from_static("Bearer realm=\"ghost\""),
-            );
-        }
-        response
-    }
-}
-
-/// A `google.rpc.ErrorInfo` as bytes: `reason` is field 1, `domain` field 2, both strings (the wire
-/// format of protobuf, <https://protobuf.dev/programming-guides/encoding/>).
-fn error_info(reason: &str) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    for (tag, text) in [(0x0a, reason), (0x12, crate::grpc::status::ERROR_DOMAIN)] {
-        bytes.push(tag);
-        // Shorter than 128 bytes both, which is a length of one byte.
-        bytes.push(u8::try_from(text.len().min(127)).unwrap_or(127));
-        bytes.extend(text.bytes().take(127));
-    }
-    bytes
-}
-
-/// The table of the protocol's "HTTP to error code" section.
-const fn http_status(code: Code) -> StatusCode {
-    match code {
-        Code::Ok => StatusCode::OK,
-        // 499, which has no name in any RFC, is what Connect says.
-        Code::Cancelled => match StatusCode::from_u16(499) {
-            Ok(status) => status,
-            Err(_) => StatusCode::REQUEST_TIMEOUT,
-        },
-        Code::InvalidArgument | Code::FailedPrecondition | Code::OutOfRange => {
-            StatusCode::BAD_REQUEST
-        }
-        Code::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
-        Code::NotFound => StatusCode::NOT_FOUND,
-        Code::AlreadyExists | Code::Aborted => StatusCode::CONFLICT,
-        Code::PermissionDenied => StatusCode::FORBIDDEN,
-        Code::ResourceExhausted => StatusCode::TOO_MANY_REQUESTS,
-        Code::Unimplemented => StatusCode::NOT_IMPLEMENTED,
-        Code::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
-        Code::Unauthenticated => StatusCode::UNAUTHORIZED,
-        Code::Unknown | Code::Internal | Code::DataLoss => StatusCode::INTERNAL_SERVER_ERROR,
-    }
-}
-
-/// A call's message and its deadline.
-pub(in crate::http) struct Called<T> {
-    message: T,
-    deadline: Option<Duration>,
-}
-
-impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Called<T> {
-    type Rejection = ConnectFailure;
-
-    async fn from_request(request: Request, _: &S) -> Result<Self, ConnectFailure> {
-        let headers = request.headers();
-        if one(headers, "connect-protocol-version")?.is_some_and(|version| version != "1") {
-            return Err(Error::new(
-                ErrorCode::InvalidArgument,
-                "this version of the Connect protocol is not spoken",
-            )
-            .field("Connect-Protocol-Version", "1")
-            .into());
-        }
-        if one(headers, header::CONTENT_ENCODING.as_str())?.is_some_and(|how| how != "identity") {
-            return Err(
-                Error::new(ErrorCode::InvalidArgument, "the body is compressed")
-                    .field("Content-Encoding", "identity")
-                    .into(),
-            );
-        }
-        let deadline = deadline(headers)?;
-        let bytes = json_bytes(request, MOST_BODY).await?;
-        let message = serde_json::from_slice(&bytes).map_err(|cause| {
-            Error::new(
-                ErrorCode::InvalidArgument,
-                "the message is not what this call takes",
-            )
-            .because(cause)
-            .hint("see /v1/openapi.json for the fields")
-        })?;
-        Ok(Self { message, deadline })
-    }
-}
-
-/// `Connect-Timeout-Ms`: at most ten digits.
-fn deadline(headers: &HeaderMap) -> Result<Option<Duration>> {
-    let Some(text) = one(headers, "connect-timeout-ms")? else {
-        return Ok(None);
-    };
-    let digits = (1..=10).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_digit());
-    digits
-        .then(|| text.parse().ok())
-        .flatten()
-        .map(|millis| Some(Duration::from_millis(millis)))
-        .ok_or_else(|| {
-            Error::new(ErrorCode::InvalidArgument, "the deadline cannot be read")
-                .field("Connect-Timeout-Ms", "at most ten digits")
-        })
-}
-
-/// Gives up at the deadline; what the call holds is dropped, which cancels it in the guest.
-async fn within<T>(deadline: Duration, call: impl Future<Output = Result<T>>) -> Result<T> {
-    tokio::time::timeout(deadline, call).await.map_err(|_| {
-        Error::new(ErrorCode::DeadlineExceeded, "the call took too long").because(format!(
-            "it was given up after {} s",
-            deadline.as_secs_f64()
-        ))
-    })?
-}
-
-/// Base64 of either alphabet; with padding where `padded`, and read either way.
-const fn engine_of(url: bool, padded: bool) -> GeneralPurpose {
-    let config = GeneralPurposeConfig::new()
-        .with_encode_padding(padded)
-        .with_decode_padding_mode(DecodePaddingMode::Indifferent);
-    GeneralPurpose::new(if url { &URL_SAFE } else { &STANDARD }, config)
-}
-
-const fn engine(url: bool) -> GeneralPurpose {
-    engine_of(url, false)
-}
-
-/// A number, or one as text: protobuf's JSON takes either; `null` is 0.
-fn number<'de, D: Deserializer<'de>, T>(from: D) -> std::result::Result<T, D::Error>
-where
-    T: Deserialize<'de> + std::str::FromStr + Default,
-    T::Err: std::fmt::Display,
-{
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum Either<T> {
-        Number(T),
-        Text(String),
-    }
-    match Option::<Either<T>>::deserialize(from)? {
-        None => Ok(T::default()),
-        Some(Either::Number(number)) => Ok(number),
-        Some(Either::Text(text)) => text.parse().map_err(serde::de::Error::custom),
-    }
-}
-
-type Answer = Result<Response, ConnectFailure>;
+type Answer = std::result::Result<Response, ConnectFailure>;
 
 /// Which VM.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
@@ -706,17 +477,5 @@ mod tests {
         }
         let lost = read(r#""waitForExit":false"#).unwrap().request();
         assert_eq!(lost.unwrap_err().code(), ErrorCode::InvalidArgument);
-    }
-
-    #[test]
-    fn the_errors_detail_is_an_error_info() {
-        use prost::Message;
-        let bytes = error_info("guest_unreachable");
-        let info = tonic_types::pb::ErrorInfo::decode(bytes.as_slice()).unwrap();
-        assert_eq!(info.reason, "guest_unreachable");
-        assert_eq!(info.domain, "ghost");
-        for code in ErrorCode::ALL {
-            assert!(code.as_str().len() < 128);
-        }
     }
 }
