@@ -90,16 +90,7 @@ impl SetLockdown {
             set_by: escape(&principal.name, 256),
             since: registry.clock().now(),
         };
-        // Closed twice: the first one's time and reason stay, sessions are cut all the same.
-        // The link is told under the model's lock, so that a lift at the same moment comes wholly
-        // before or wholly after.
-        let (lockdown, new, sessions_cut) = registry.observe(|model| {
-            let new = model.lockdown.is_none();
-            let lockdown = model.lockdown.get_or_insert(wanted).clone();
-            let consoles = u32::try_from(self.door.consoles.len()).unwrap_or(u32::MAX);
-            let cut = self.door.ports.guests.lock_down(true);
-            (lockdown, new, cut.saturating_add(consoles))
-        });
+        let (lockdown, new, mut sessions_cut) = self.shut(&wanted);
         if new {
             registry.tell(
                 EventKind::Lockdown {
@@ -116,14 +107,23 @@ impl SetLockdown {
             ..record
         });
         // Written again where it is in force already: the first try may not have been recorded.
-        let row = lockdown.clone();
-        let recorded = registry
-            .transact(move |model| {
-                let stands = model.lockdown.as_ref() == Some(&row);
-                let changes = stands.then_some(Change::PutLockdown(row));
-                Ok(Decision::of((), changes.into_iter().collect()))
-            })
-            .await;
+        let recorded = loop {
+            let row = lockdown.clone();
+            let stands = registry
+                .transact(move |model| {
+                    let stands = model.lockdown.is_some();
+                    let changes = stands.then_some(Change::PutLockdown(row));
+                    Ok(Decision::of(stands, changes.into_iter().collect()))
+                })
+                .await;
+            match stands {
+                Ok(true) => break Ok(()),
+                // A lift that had begun before came to its end in between: shut again.
+                Ok(false) => sessions_cut = sessions_cut.saturating_add(self.shut(&lockdown).2),
+                Err(error) => break Err(error),
+            }
+        };
+        registry.export_withdrawal().await;
         match recorded {
             Ok(()) => Ok(LockdownView {
                 lockdown: Some(lockdown),
@@ -136,6 +136,21 @@ impl SetLockdown {
             .because(&error)
             .hint("it would end with a restart of the agent: make room on its disk, then set it again")),
         }
+    }
+
+    /// Shuts everything in memory and at the links: the lockdown in force, whether it is new, and
+    /// how many sessions were cut. Shut twice, the first one's time and reason stay, and sessions
+    /// are cut all the same.
+    fn shut(&self, wanted: &Lockdown) -> (Lockdown, bool, u32) {
+        // The link is told under the model's lock, so that a lift at the same moment opens it
+        // wholly before or not at all.
+        self.door.registry.observe(|model| {
+            let new = model.lockdown.is_none();
+            let lockdown = model.lockdown.get_or_insert_with(|| wanted.clone()).clone();
+            let consoles = u32::try_from(self.door.consoles.len()).unwrap_or(u32::MAX);
+            let cut = self.door.ports.guests.lock_down(true);
+            (lockdown, new, cut.saturating_add(consoles))
+        })
     }
 
     async fn open(
@@ -175,6 +190,7 @@ impl SetLockdown {
                 .door
                 .write_later(record_of(&record, &super::door::failed(error))),
         }
+        registry.export_withdrawal().await;
         lifted.map(|()| LockdownView {
             lockdown: None,
             sessions_cut: 0,

@@ -179,7 +179,8 @@ impl Registry {
             })
     }
 
-    /// Exports the state because a credential was just withdrawn (revoked, or used up).
+    /// Exports the state because a credential was just withdrawn (revoked, or used up), or the ways
+    /// into guests were closed.
     ///
     /// A lost store is rebuilt from its newest export: an export that is older than the withdrawal
     /// would bring the credential back to life. The withdrawal itself is committed and holds
