@@ -4,11 +4,13 @@
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
+    clippy::print_stderr,
     reason = "the helpers of tests fail by panicking, and say what is skipped"
 )]
 
 mod exec;
 mod files;
+mod fuzz;
 mod host;
 mod program;
 mod session;
