@@ -343,6 +343,18 @@ fn become_program(area: &Area) -> (Stage, i32) {
         if let Err(errno) = call(libc::SYS_setresuid, [uid, uid, uid, 0, 0]) {
             return (Stage::User, errno);
         }
+        // An agent that dies takes its session's programs with it. After the user was changed, which
+        // would take it back.
+        let _ = call(
+            libc::SYS_prctl,
+            [
+                libc::PR_SET_PDEATHSIG as usize,
+                libc::SIGKILL as usize,
+                0,
+                0,
+                0,
+            ],
+        );
         // After the user was changed, so that its rights decide.
         if let Err(errno) = call(
             libc::SYS_chdir,

@@ -167,6 +167,25 @@ fn an_update_takes_over_and_a_bad_one_gives_way() {
 }
 
 #[test]
+fn an_agent_that_is_killed_takes_its_programs_with_it() {
+    let mut agent = Agent::start(Path::new(env!("CARGO_BIN_EXE_ghost-guest")), &[]);
+    let (mut host, _) = agent.accept();
+    let id = host.call(Payload::Execute(crate::host::sh(
+        "echo $$; exec sleep 1000",
+    )));
+    let pid = loop {
+        if let Payload::StreamData(data) = host.next(&id) {
+            break String::from_utf8_lossy(&data.data).trim().to_owned();
+        }
+    };
+    agent.child.kill().unwrap();
+    agent.child.wait().unwrap();
+    until("it is gone with the agent", || {
+        fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "))
+    });
+}
+
+#[test]
 fn a_configuration_that_is_wrong_leaves_reports_only() {
     let directory = tempfile::tempdir().unwrap();
     let config = directory.path().join("guest.yaml");
