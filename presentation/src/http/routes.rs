@@ -90,6 +90,7 @@ pub const ROUTES: &[Route] = &[
     unary("POST", "/v1/vms/{vm}/guest/password", Operator),
     unary("POST", "/v1/vms/{vm}/guest/ssh-keys", Operator),
     unary("POST", "/v1/vms/{vm}/guest/clock", Operator),
+    stream("POST", "/v1/vms/{vm}/guest/update", Operator),
     unary("POST", "/v1/vms/{vm}/guest/freeze", Operator),
     unary("POST", "/v1/vms/{vm}/guest/thaw", Operator),
     unary("GET", "/v1/lockdown", Viewer),

@@ -163,6 +163,24 @@ pub(in crate::http) async fn sync_clock(
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
+/// Replace a guest's agent by the host's program
+///
+/// Answered once the new one has greeted; the old one is kept until then.
+#[utoipa::path(post, path = "/v1/vms/{vm}/guest/update", tag = "guests",
+    params(("vm" = String, Path, description = "A name, a full id or a unique prefix of an id")),
+    security(("bearer" = []), ("key" = [])),
+    responses((status = 204), (status = "default", body = Problem)))]
+pub(in crate::http) async fn update_agent(
+    State(shell): State<Arc<Shell>>,
+    Caller(caller): Caller,
+    Name(vm): Name,
+    name: RequestName,
+) -> Answer {
+    let update = &shell.use_cases.update_guest;
+    update.execute(&caller, &name.target(vm)).await?;
+    Ok(StatusCode::NO_CONTENT.into_response())
+}
+
 /// Freeze file systems of a guest
 #[utoipa::path(post, path = "/v1/vms/{vm}/guest/freeze", tag = "guests", request_body = FreezeBody,
     params(("vm" = String, Path, description = "A name, a full id or a unique prefix of an id")),

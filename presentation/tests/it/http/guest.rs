@@ -304,6 +304,8 @@ async fn short_requests_are_answered_and_written_down_without_secrets() {
             200,
         ),
         ("guest/freeze", r#"{"timeout_seconds":300}"#, 400),
+        // This host has no program to give.
+        ("guest/update", "", 409),
         ("guest/thaw", "", 200),
         ("guest/ping", "", 200),
         ("guest-ip", r#"{"guest_ip":"nonsense"}"#, 400),
