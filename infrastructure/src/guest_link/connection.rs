@@ -40,8 +40,9 @@ const FALSE_FRAMES: (f64, f64) = (8.0, 1.0);
 const CONTROL: (f64, f64) = (100.0, 50.0);
 /// Reports.
 const REPORTS: (f64, f64) = (4.0, 1.0);
-/// Messages for calls or sessions that have ended.
-const STALE: (f64, f64) = (4_000.0, 200.0);
+/// Messages for calls or sessions that have ended. What fills the buffers on the way when a call is
+/// cut is no offence, even where a program has written byte by byte.
+const STALE: (f64, f64) = (16_000.0, 500.0);
 /// Messages for calls that never were.
 const UNKNOWN: (f64, f64) = (8.0, 0.2);
 /// Broken rules: the third within a short time ends the connection.
