@@ -333,6 +333,10 @@ impl Call {
                 if !fits {
                     return Err(Violation::new("a window for a stream that is not sent"));
                 }
+                if state.send_window >= INITIAL_WINDOW {
+                    // Nothing was sent that it could have consumed.
+                    return Ok(Worth::Idle);
+                }
                 // No more than all of it: a guest that grants without end is believed no further.
                 state.send_window = state
                     .send_window

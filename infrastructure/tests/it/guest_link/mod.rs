@@ -4,6 +4,8 @@ mod calls;
 mod fake;
 mod hostility;
 mod life;
+mod measure;
+mod real;
 
 #[path = "../../../../e2e/src/hostile.rs"]
 #[expect(
