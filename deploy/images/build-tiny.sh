@@ -33,7 +33,9 @@ if [ -z "$KERNEL" ]; then
 fi
 # --no-all-versions alone would name the installed one; the candidate is what apt-get download brings.
 KERNEL_VERSION=$(apt-cache policy "$KERNEL" | awk '$1 == "Candidate:" { print $2 }')
-KEY=$(content_key "$0" "$HERE/common.sh" "$HERE"/tiny/* "$GUEST" -- "$KERNEL" "$KERNEL_VERSION" "$(dpkg-query -W busybox-static)")
+# What the benchmark compares our agent with.
+PEER_VERSION=$(apt-cache policy qemu-guest-agent | awk '$1 == "Candidate:" { print $2 }')
+KEY=$(content_key "$0" "$HERE/common.sh" "$HERE"/tiny/* "$GUEST" -- "$KERNEL" "$KERNEL_VERSION" "$(dpkg-query -W busybox-static)" "$PEER_VERSION")
 
 CACHE=$(cache_dir)
 mkdir -p "$CACHE"
@@ -74,6 +76,7 @@ install -m 0755 "$HERE/tiny/init" "$R/init"
 install -m 0755 "$HERE"/tiny/{rc,rc.down,dhcp,seed,user-data} "$R/etc/"
 install -m 0644 "$HERE"/tiny/{inittab,profile} "$R/etc/"
 install -m 0755 "$GUEST" "$R/sbin/ghost-guest"
+install -m 0755 "$HERE/tiny/qemu-ga" "$R/sbin/qemu-ga"
 # busybox acpid calls the power button this.
 install -m 0755 "$HERE/tiny/power-button" "$R/etc/acpi/PWRF/00000080"
 echo 'root::0:0:root:/root:/bin/sh' >"$R/etc/passwd"
@@ -97,6 +100,25 @@ B=$W/boot
 mkdir -p "$B/boot"
 (cd "$R" && find . -print0 | LC_ALL=C sort -z | cpio --null -o -H newc -R 0:0 --reproducible --quiet | zstd -q -19 -T0) >"$B/boot/initrd"
 cp "$W/kernel/boot/vmlinuz-$VERSION" "$B/boot/vmlinuz"
+
+# qemu-guest-agent with its libraries, for /sbin/qemu-ga. On the disk: in the initramfs every boot would have to
+# unpack it. Nothing starts it.
+mkdir -m 0777 "$W/peer"
+(cd "$W/peer" && apt-get download -qq qemu-guest-agent 2>>"$W/apt.log") || {
+    cat "$W/apt.log" >&2
+    die "cannot download qemu-guest-agent"
+}
+dpkg-deb -x "$W"/peer/*.deb "$W/peer/root"
+LIBRARIES=$(ldd "$W/peer/root/usr/sbin/qemu-ga")
+if grep -q 'not found' <<<"$LIBRARIES"; then
+    say "without qemu-guest-agent, for want of libraries here: $(grep 'not found' <<<"$LIBRARIES" | awk '{ print $1 }' | tr '\n' ' ')"
+else
+    mkdir -p "$B/qemu-ga"
+    cp "$W/peer/root/usr/sbin/qemu-ga" "$B/qemu-ga/"
+    awk '$2 == "=>" { print $3 } $1 ~ /^\/.*ld-linux/ { print $1 }' <<<"$LIBRARIES" | while read -r library; do
+        cp -L "$library" "$B/qemu-ga/"
+    done
+fi
 
 # Measured under software emulation: the 16-bit entry and no address randomisation save 2.5 of 6 seconds.
 # panic=1: a crashed guest without a pvpanic device starts anew instead of standing still for ever.

@@ -2,6 +2,7 @@
 //!
 //! Needs `GHOST_TINY_IMAGE`, as `make test` sets it.
 
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -52,6 +53,17 @@ impl Vm {
                 "-device",
                 "virtserialport,chardev=agent,name=org.ghost.agent.0",
             ])
+            .args([
+                "-chardev",
+                &format!(
+                    "socket,id=peer,path={}/peer.sock,server=on,wait=off",
+                    directory.path().display()
+                ),
+            ])
+            .args([
+                "-device",
+                "virtserialport,chardev=peer,name=org.qemu.guest_agent.0",
+            ])
             .stdin(Stdio::null())
             .spawn()
             .unwrap();
@@ -78,6 +90,40 @@ impl Drop for Vm {
         let _ = self.qemu.kill();
         let _ = self.qemu.wait();
     }
+}
+
+/// `guest-exec` of true, and `guest-exec-status` until it has ended.
+fn peer_times(stream: UnixStream) -> Vec<std::time::Duration> {
+    let mut answers = BufReader::new(stream.try_clone().unwrap());
+    let mut ask = |command: &str, arguments: serde_json::Value| {
+        let line = serde_json::json!({"execute": command, "arguments": arguments});
+        (&stream).write_all(format!("{line}\n").as_bytes()).unwrap();
+        let mut answer = String::new();
+        answers.read_line(&mut answer).unwrap();
+        let answer: serde_json::Value = serde_json::from_str(&answer).unwrap();
+        assert!(
+            answer["return"].is_object() || answer["return"].is_i64(),
+            "{answer}"
+        );
+        answer["return"].clone()
+    };
+    ask("guest-sync", serde_json::json!({"id": 4711}));
+    (0..20)
+        .map(|_| {
+            let begun = Instant::now();
+            let started = ask(
+                "guest-exec",
+                serde_json::json!({"path": "/bin/true", "capture-output": true}),
+            );
+            while ask(
+                "guest-exec-status",
+                serde_json::json!({"pid": started["pid"]}),
+            )["exited"]
+                != true
+            {}
+            begun.elapsed()
+        })
+        .collect()
 }
 
 fn content(size: usize) -> Vec<u8> {
@@ -123,6 +169,25 @@ fn a_real_port_carries_it_all() {
         .collect();
     times.sort();
     eprintln!("ping: median {:?}", times[times.len() / 2]);
+
+    // The same through qemu-guest-agent, where the image has it.
+    let peer = host.run(sh(
+        "grep -q ' /data ' /proc/mounts && qemu-ga -d -m virtio-serial -p /dev/virtio-ports/org.qemu.guest_agent.0",
+    ));
+    if peer.exited.code == 0 {
+        let stream = UnixStream::connect(vm.directory.path().join("peer.sock")).unwrap();
+        let mut times = peer_times(stream);
+        times.sort();
+        eprintln!(
+            "the same through qemu-guest-agent: median {:?}",
+            times[times.len() / 2]
+        );
+    } else {
+        eprintln!(
+            "no qemu-guest-agent to compare with: {}",
+            String::from_utf8_lossy(&peer.stderr)
+        );
+    }
 
     // 16 MiB both ways.
     let bytes = content(16 << 20);
