@@ -9,6 +9,7 @@
 use std::ffi::{CString, c_int, c_void};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use rustix::pipe::PipeFlags;
@@ -68,6 +69,8 @@ struct Area {
     arguments: Vec<*const u8>,
     environment: Vec<*const u8>,
     stack: Vec<u128>,
+    /// Those that this process ignores or handles.
+    signals: &'static [i32],
     stage: AtomicI32,
     errno: AtomicI32,
 }
@@ -104,6 +107,7 @@ impl Child {
             arguments: pointers(&plan.arguments),
             environment: pointers(&plan.environment),
             stack: vec![0; STACK / 16],
+            signals: changed_signals(),
             stage: AtomicI32::new(0),
             errno: AtomicI32::new(0),
             plan,
@@ -239,6 +243,24 @@ impl Drop for Child {
     }
 }
 
+/// The signals whose disposition is not the default, looked up once: to reset all 64 for every program
+/// would be most of its system calls.
+fn changed_signals() -> &'static [i32] {
+    static CHANGED: OnceLock<Vec<i32>> = OnceLock::new();
+    CHANGED.get_or_init(|| {
+        (1..=libc::SIGRTMAX())
+            .filter(|signal| {
+                // SAFETY: asks only; the record is plain data that the call fills in.
+                unsafe {
+                    let mut action: libc::sigaction = std::mem::zeroed();
+                    libc::sigaction(*signal, std::ptr::null(), &raw mut action) == 0
+                        && action.sa_sigaction != libc::SIG_DFL
+                }
+            })
+            .collect()
+    })
+}
+
 fn block_signals() -> libc::sigset_t {
     // SAFETY: both sets are plain data that the calls fill in; the thread's mask is restored by
     // `restore_signals`. A handler of this process must not run in the child, on shared memory.
@@ -368,10 +390,10 @@ fn become_program(area: &Area) -> (Stage, i32) {
         // The kernel's struct sigaction, all zero: SIG_DFL. What is ignored here (SIGPIPE) would
         // stay ignored in the program.
         let default = [0u64; 4];
-        for signal in 1..=64usize {
+        for signal in area.signals {
             let _ = call(
                 libc::SYS_rt_sigaction,
-                [signal, default.as_ptr() as usize, 0, 8, 0],
+                [*signal as usize, default.as_ptr() as usize, 0, 8, 0],
             );
         }
         let _ = call(
