@@ -272,7 +272,10 @@ impl<'a> Engine<'a> {
             sooner(now + PORT_LOOK);
         }
         wake.map(|at| {
-            let left = at.saturating_duration_since(now);
+            // epoll_wait(2) counts milliseconds in 32 bits; a delay of weeks is come back to.
+            let left = at
+                .saturating_duration_since(now)
+                .min(Duration::from_secs(3600));
             Timespec {
                 tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
                 tv_nsec: left.subsec_nanos().into(),

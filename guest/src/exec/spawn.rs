@@ -248,14 +248,22 @@ impl Drop for Child {
 fn changed_signals() -> &'static [i32] {
     static CHANGED: OnceLock<Vec<i32>> = OnceLock::new();
     CHANGED.get_or_init(|| {
-        (1..=libc::SIGRTMAX())
+        // Asked of the kernel itself: the library hides the two signals it keeps for its threads.
+        (1..=64)
             .filter(|signal| {
-                // SAFETY: asks only; the record is plain data that the call fills in.
-                unsafe {
-                    let mut action: libc::sigaction = std::mem::zeroed();
-                    libc::sigaction(*signal, std::ptr::null(), &raw mut action) == 0
-                        && action.sa_sigaction != libc::SIG_DFL
-                }
+                let mut action = [0usize; 4];
+                // SAFETY: asks only; the record is as large as the kernel's struct sigaction, whose
+                // first field is the handler.
+                let answer = unsafe {
+                    libc::syscall(
+                        libc::SYS_rt_sigaction,
+                        libc::c_long::from(*signal),
+                        std::ptr::null::<usize>(),
+                        action.as_mut_ptr(),
+                        8usize,
+                    )
+                };
+                answer == 0 && action[0] != libc::SIG_DFL
             })
             .collect()
     })
