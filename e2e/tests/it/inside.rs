@@ -1,0 +1,412 @@
+//! Inside real guests, through their agent alone: programs, terminals, files, and what becomes of
+//! all that when a part of the way dies.
+
+use std::fs;
+use std::io::Read as _;
+use std::path::Path;
+use std::process::{Child, Stdio};
+use std::time::Duration;
+
+use ghost_e2e::agent::{Agent, Builder};
+use ghost_e2e::ctl::{self, Output};
+use ghost_e2e::guest::{self, BOOT};
+use ghost_e2e::http;
+use ghost_e2e::wait;
+
+use crate::random::Random;
+use crate::support::{launch, tiny};
+use crate::terminal::Terminal;
+
+/// How long a short call may take in emulation on a busy machine.
+const CALL: Duration = Duration::from_secs(60);
+
+/// Waits until the guest's agent takes calls.
+#[track_caller]
+fn wait_agent(agent: &Agent, vm: &str) {
+    agent
+        .ctl()
+        .ok(&["vm", "wait", vm, "--for", "agent", "--timeout", "180s"]);
+}
+
+fn exec(agent: &Agent, vm: &str, words: &[&str]) -> Output {
+    agent.ctl().run(&[&["exec", vm, "--"], words].concat())
+}
+
+/// Runs what must succeed in the guest.
+#[track_caller]
+fn inside(agent: &Agent, vm: &str, words: &[&str]) -> String {
+    agent.ctl().ok(&[&["exec", vm, "--"], words].concat())
+}
+
+/// A program in the guest that goes on until something ends it.
+fn long_call(agent: &Agent, vm: &str) -> Child {
+    let mut child = agent
+        .ctl()
+        .command(&[
+            "exec",
+            vm,
+            "--",
+            "sh",
+            "-c",
+            "echo it runs; exec sleep 1000",
+        ])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = [0; 8];
+    child
+        .stdout
+        .as_mut()
+        .unwrap()
+        .read_exact(&mut said)
+        .unwrap();
+    assert_eq!(&said, b"it runs\n");
+    child
+}
+
+/// Its exit code and what it said last.
+#[track_caller]
+fn end(mut child: Child, within: Duration) -> (i32, String) {
+    let status = ctl::wait(&mut child, within).expect("the call ends");
+    let mut said = String::new();
+    child
+        .stderr
+        .take()
+        .unwrap()
+        .read_to_string(&mut said)
+        .unwrap();
+    (status.code().unwrap_or(-1), said)
+}
+
+#[test]
+fn programs_run_as_asked_and_leave_a_trace() {
+    let _room = guest::room(1);
+    let agent = Builder::new().start();
+    let ctl = agent.ctl();
+    agent.import_tiny();
+    let vm = agent.name("inside");
+    launch(&agent, &vm);
+    wait_agent(&agent, &vm);
+
+    // Every layer says that it is there.
+    let status = ctl.json(&["guest", "status", &vm]);
+    assert_eq!(status["ready"], true, "{status}");
+    for layer in status["layers"].as_array().unwrap() {
+        assert_eq!(layer["ok"], true, "{status}");
+    }
+
+    // Exit codes, signals, both streams, stdin, environment, directory.
+    assert!(inside(&agent, &vm, &["uname", "-a"]).contains("Linux"));
+    let output = exec(&agent, &vm, &["sh", "-c", "echo out; echo err >&2; exit 7"]);
+    assert_eq!(
+        (
+            output.code,
+            output.stdout.as_str(),
+            output.stderr.contains("err")
+        ),
+        (7, "out\n", true)
+    );
+    assert_eq!(exec(&agent, &vm, &["sh", "-c", "kill -9 $$"]).code, 137);
+    let output = ctl.run_with(&["exec", &vm, "--", "cat"], b"from the host");
+    assert_eq!((output.code, output.stdout.as_str()), (0, "from the host"));
+    let output = ctl.ok(&[
+        "exec",
+        "-e",
+        "WHERE=guest",
+        "-w",
+        "/etc",
+        &vm,
+        "--",
+        "sh",
+        "-c",
+        "echo $WHERE $PWD",
+    ]);
+    assert_eq!(output, "guest /etc\n");
+
+    // Much of both at once: whoever drains one before the other would hang here.
+    let much = "head -c 4194304 /dev/zero | tr '\\0' o & head -c 4194304 /dev/zero | tr '\\0' e >&2; wait";
+    let output = exec(&agent, &vm, &["sh", "-c", much]);
+    assert_eq!(output.code, 0, "{:.400}", output.stderr);
+    let count = |text: &str, letter: char| text.chars().filter(|c| *c == letter).count();
+    assert_eq!(count(&output.stdout, 'o'), 4 << 20);
+    assert!(count(&output.stderr, 'e') >= 4 << 20);
+
+    // Its time runs out, and its whole group goes.
+    let begun = std::time::Instant::now();
+    let output = ctl.run(&[
+        "exec",
+        "--timeout",
+        "2s",
+        &vm,
+        "--",
+        "sh",
+        "-c",
+        "sleep 1000 & sleep 1000",
+    ]);
+    assert_ne!(output.code, 0);
+    assert!(begun.elapsed() < CALL, "the sleep went on");
+    wait::until_ok("no sleep is left", CALL, || {
+        match exec(&agent, &vm, &["pidof", "sleep"]) {
+            Output { code: 1, .. } => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    });
+
+    // A program that is not there, a VM that is not there.
+    assert_ne!(exec(&agent, &vm, &["no-such-program"]).code, 0);
+    ctl.fails(&["exec", "no-such-vm", "--", "true"], 3, "vm_not_found");
+
+    // The owner closes the VM, or all of them at once.
+    ctl.ok(&["vm", "update", &vm, "--guest-access", "off"]);
+    ctl.fails(&["exec", &vm, "--", "true"], 6, "guest_access_off");
+    ctl.ok(&["vm", "update", &vm, "--guest-access", "on"]);
+    let open = long_call(&agent, &vm);
+    ctl.ok(&["lockdown", "--reason", "a test"]);
+    let (code, said) = end(open, CALL);
+    assert!(code != 0 && !said.is_empty(), "{code}: {said}");
+    ctl.fails(&["exec", &vm, "--", "true"], 6, "lockdown");
+    ctl.ok(&["lockdown", "--lift"]);
+    wait::until_ok("the guest is open again", CALL, || {
+        match exec(&agent, &vm, &["true"]) {
+            Output { code: 0, .. } => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    });
+
+    // All of that was written down, and nobody has changed it since.
+    let log = ctl.ok(&["audit", "list", "--vm", &vm]);
+    for trace in ["uname", "no-such-program", "exec"] {
+        assert!(log.contains(trace), "{trace} is missing in\n{log}");
+    }
+    assert!(
+        !log.contains("from the host"),
+        "what was typed is nobody's matter"
+    );
+    ctl.ok(&["audit", "verify"]);
+    ctl.ok(&["vm", "delete", &vm, "--force"]);
+    agent.audit();
+}
+
+#[test]
+fn a_shell_in_a_guest_is_a_terminal() {
+    let _room = guest::room(1);
+    let agent = Builder::new().start();
+    agent.import_tiny();
+    let vm = agent.name("shell");
+    launch(&agent, &vm);
+    wait_agent(&agent, &vm);
+    let mut terminal = Terminal::run(&agent.ctl().command(&["shell", &vm]));
+    terminal.send("echo six times seven is $((6 * 7))\r");
+    terminal.expect("six times seven is 42", CALL);
+    terminal.send("tty\r");
+    terminal.expect("/dev/pts/", CALL);
+    // Ctrl-C is the guest's.
+    terminal.send("sleep 1000\r");
+    std::thread::sleep(Duration::from_secs(1));
+    terminal.send("\x03");
+    terminal.send("echo still here $((1 + 1))\r");
+    terminal.expect("still here 2", CALL);
+    terminal.send("exit 3\r");
+    assert_eq!(terminal.end(CALL), 3);
+    agent.ctl().ok(&["vm", "delete", &vm, "--force"]);
+    agent.audit();
+}
+
+/// A file that no part of could be mistaken for another.
+fn random_file(path: &Path, bytes: usize) {
+    let mut random = Random::seeded("a file to copy");
+    let mut contents = Vec::with_capacity(bytes + 8);
+    while contents.len() < bytes {
+        contents.extend_from_slice(&random.below(u64::MAX).to_le_bytes());
+    }
+    contents.truncate(bytes);
+    fs::write(path, contents).unwrap();
+}
+
+fn same(one: &Path, other: &Path) -> bool {
+    fs::read(one).unwrap() == fs::read(other).unwrap()
+}
+
+#[test]
+fn files_go_both_ways_whole() {
+    const SIZE: usize = 256 << 20;
+    let _room = guest::room(2);
+    let agent = Builder::new().start();
+    let ctl = agent.ctl();
+    agent.import_tiny();
+    let vm = agent.name("files");
+    ctl.ok(&[
+        "launch", "tiny", &vm, "--cpus", "1", "--memory", "1GiB", "--disk", "128MiB",
+    ]);
+    wait_agent(&agent, &vm);
+    let (big, back) = (agent.folder().join("big"), agent.folder().join("back"));
+    random_file(&big, SIZE);
+    let (local, there) = (big.to_str().unwrap(), format!("{vm}:/tmp/big"));
+
+    // The copy is cut off in the middle, and the next one goes on from there.
+    let mut cut = ctl
+        .command(&["cp", local, &there])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    wait::until_ok("part of the file has come", CALL, || {
+        let kept = exec(&agent, &vm, &["sh", "-c", "cat /tmp/.*ghost* | wc -c"]).stdout;
+        match kept.trim().parse::<usize>() {
+            Ok(bytes) if bytes > 4 << 20 => Ok(()),
+            _ => Err(kept),
+        }
+    });
+    drop(cut.kill());
+    drop(cut.wait());
+    assert_ne!(exec(&agent, &vm, &["test", "-e", "/tmp/big"]).code, 0);
+    ctl.ok(&["cp", local, &there]);
+    assert_eq!(
+        inside(&agent, &vm, &["wc", "-c", "/tmp/big"])
+            .split_whitespace()
+            .next(),
+        Some(SIZE.to_string().as_str())
+    );
+    ctl.ok(&["cp", &there, back.to_str().unwrap()]);
+    assert!(same(&big, &back), "what came back is not what went");
+    assert_eq!(
+        inside(
+            &agent,
+            &vm,
+            &["sh", "-c", "ls -A /tmp | grep -c ghost || true"]
+        )
+        .trim(),
+        "0",
+        "temporary files are gone"
+    );
+
+    // A tree, with modes and owners.
+    let tree = agent.folder().join("tree");
+    fs::create_dir_all(tree.join("a/b")).unwrap();
+    fs::write(tree.join("a/b/deep"), "deep").unwrap();
+    fs::write(tree.join("run"), "#!/bin/sh\necho ran\n").unwrap();
+    let mode = |path: &Path, mode: u32| {
+        use std::os::unix::fs::PermissionsExt as _;
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    };
+    mode(&tree.join("run"), 0o750);
+    ctl.ok(&["cp", tree.to_str().unwrap(), &format!("{vm}:/tmp/")]);
+    assert_eq!(inside(&agent, &vm, &["/tmp/tree/run"]), "ran\n");
+    assert_eq!(inside(&agent, &vm, &["cat", "/tmp/tree/a/b/deep"]), "deep");
+    assert_eq!(
+        inside(&agent, &vm, &["stat", "-c", "%a", "/tmp/tree/run"]).trim(),
+        "750"
+    );
+    let copy = agent.folder().join("copy");
+    ctl.ok(&["cp", &format!("{vm}:/tmp/tree"), copy.to_str().unwrap()]);
+    assert!(same(&tree.join("a/b/deep"), &copy.join("a/b/deep")));
+    ctl.fails(
+        &[
+            "cp",
+            &format!("{vm}:/no/such/file"),
+            copy.to_str().unwrap(),
+        ],
+        3,
+        "guest_file_not_found",
+    );
+    ctl.ok(&["vm", "delete", &vm, "--force"]);
+    agent.audit();
+}
+
+#[test]
+fn whatever_dies_on_the_way_calls_end_and_the_way_comes_back() {
+    let _room = guest::room(1);
+    let mut agent = Builder::new().start();
+    agent.import_tiny();
+    let vm = agent.name("breaks");
+    launch(&agent, &vm);
+    wait_agent(&agent, &vm);
+    let answers = |agent: &Agent| {
+        wait::until_ok("the guest answers again", BOOT, || {
+            match exec(agent, &vm, &["true"]) {
+                Output { code: 0, .. } => Ok(()),
+                other => Err(format!("{other:?}")),
+            }
+        });
+    };
+
+    // The agent in the guest is killed; its service starts it again.
+    let open = long_call(&agent, &vm);
+    exec(&agent, &vm, &["killall", "-9", "ghost-guest"]);
+    let (code, said) = end(open, CALL);
+    assert_eq!(code, 5, "{said}");
+    answers(&agent);
+
+    // The guest restarts in the middle.
+    let open = long_call(&agent, &vm);
+    exec(&agent, &vm, &["reboot"]);
+    let (code, said) = end(open, CALL);
+    assert_eq!(code, 5, "{said}");
+    answers(&agent);
+
+    // A paused guest answers nobody, and goes on afterwards.
+    let open = long_call(&agent, &vm);
+    agent.ctl().ok(&["vm", "pause", &vm]);
+    let paused = exec(&agent, &vm, &["true"]);
+    assert_ne!(paused.code, 0, "{paused:?}");
+    agent.ctl().ok(&["vm", "resume", &vm]);
+    answers(&agent);
+    let mut open = open;
+    drop(open.kill());
+    drop(open.wait());
+
+    // The agent of the host dies with a session open.
+    let open = long_call(&agent, &vm);
+    agent.kill();
+    let (code, said) = end(open, CALL);
+    assert_eq!(code, 5, "{said}");
+    agent.start();
+    answers(&agent);
+    // What the dead session had started does not go on for ever.
+    wait::until_ok("the sleep of the dead session is gone", CALL, || {
+        match exec(&agent, &vm, &["pidof", "sleep"]) {
+            Output { code: 1, .. } => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    });
+    agent.ctl().ok(&["audit", "verify"]);
+    agent.ctl().ok(&["vm", "delete", &vm, "--force"]);
+    agent.audit();
+}
+
+#[test]
+fn what_a_guest_tells_is_shown_as_told_by_it() {
+    let _room = guest::room(1);
+    let agent = Builder::new().set("guest.telemetry_interval", "1s").start();
+    let ctl = agent.ctl();
+    agent.import_tiny();
+    let vm = agent.name("tells");
+    ctl.ok(&tiny(&["launch", "tiny", &vm], &[]));
+    wait_agent(&agent, &vm);
+    let top = wait::until_ok("telemetry of the guest", CALL, || {
+        let top = ctl.json(&["vm", "top", &vm, "--once"]);
+        let one = top.get(0).unwrap_or(&top).clone();
+        if one["sample"]["source"] == "guest" && one["processes"].as_u64() > Some(0) {
+            Ok(one)
+        } else {
+            Err(top.to_string())
+        }
+    });
+    assert!(
+        top["sample"]["memory_total_bytes"].as_u64() > Some(32 << 20),
+        "{top}"
+    );
+    let metrics = http::get(agent.metrics_port(), "/metrics").unwrap().body;
+    assert!(
+        metrics
+            .lines()
+            .any(|line| line.starts_with("ghost_guest_") && line.contains(&vm)),
+        "{metrics}"
+    );
+    ctl.ok(&["vm", "show", &vm, "--history", "1h"]);
+    ctl.ok(&["vm", "delete", &vm, "--force"]);
+    agent.audit();
+}
