@@ -126,7 +126,8 @@ fn programs_run_as_asked_and_leave_a_trace() {
     assert_eq!(output, "guest /etc\n");
 
     // Much of both at once: whoever drains one before the other would hang here.
-    let much = "head -c 4194304 /dev/zero | tr '\\0' o & head -c 4194304 /dev/zero | tr '\\0' e >&2; wait";
+    let much =
+        "head -c 4194304 /dev/zero | tr '\\0' o & head -c 4194304 /dev/zero | tr '\\0' e >&2; wait";
     let output = exec(&agent, &vm, &["sh", "-c", much]);
     assert_eq!(output.code, 0, "{:.400}", output.stderr);
     let count = |text: &str, letter: char| text.chars().filter(|c| *c == letter).count();
@@ -304,11 +305,7 @@ fn files_go_both_ways_whole() {
     ctl.ok(&["cp", &format!("{vm}:/tmp/tree"), copy.to_str().unwrap()]);
     assert!(same(&tree.join("a/b/deep"), &copy.join("a/b/deep")));
     ctl.fails(
-        &[
-            "cp",
-            &format!("{vm}:/no/such/file"),
-            copy.to_str().unwrap(),
-        ],
+        &["cp", &format!("{vm}:/no/such/file"), copy.to_str().unwrap()],
         3,
         "guest_file_not_found",
     );
@@ -366,12 +363,14 @@ fn whatever_dies_on_the_way_calls_end_and_the_way_comes_back() {
     agent.start();
     answers(&agent);
     // What the dead session had started does not go on for ever.
-    wait::until_ok("the sleep of the dead session is gone", CALL, || {
-        match exec(&agent, &vm, &["pidof", "sleep"]) {
+    wait::until_ok(
+        "the sleep of the dead session is gone",
+        CALL,
+        || match exec(&agent, &vm, &["pidof", "sleep"]) {
             Output { code: 1, .. } => Ok(()),
             other => Err(format!("{other:?}")),
-        }
-    });
+        },
+    );
     agent.ctl().ok(&["audit", "verify"]);
     agent.ctl().ok(&["vm", "delete", &vm, "--force"]);
     agent.audit();
