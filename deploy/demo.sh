@@ -82,7 +82,7 @@ step "Setting this host up (packages, libvirt; only what is missing)"
 deploy/host-setup.sh
 
 step "Building Ghost (release; several minutes the first time)"
-make --no-print-directory build
+make --no-print-directory build guest
 
 step "Making the guest image $IMAGE (from Debian's packages; kept for the next time)"
 IMAGE_FILE=$PWD/build/images/$IMAGE.qcow2
@@ -111,6 +111,8 @@ libvirt:
 grpc:
   listen: 127.0.0.1:$GRPC_PORT
   socket: $DIR/run/agent.sock
+guest:
+  program: $PWD/build/guest/ghost-guest
 http:
   listen: 127.0.0.1:$HTTP_PORT
 metrics:
@@ -139,6 +141,18 @@ show ghostctl launch "$IMAGE" demo "${VM_FLAGS[@]}"
 step "Waiting for its address"
 show ghostctl vm wait demo --for address --timeout "$BOOT_TIMEOUT"
 show ghostctl list
+
+step "Inside it: no network, no SSH"
+show ghostctl vm wait demo --for agent --timeout "$BOOT_TIMEOUT"
+show ghostctl guest status demo
+show ghostctl exec demo -- uname -a
+head -c 4M /dev/urandom >"$DIR/there"
+show ghostctl cp "$DIR/there" demo:/tmp/here
+show ghostctl exec demo -- ls -l /tmp/here
+show ghostctl cp demo:/tmp/here "$DIR/back"
+cmp "$DIR/there" "$DIR/back" && echo "    what came back is what went"
+show ghostctl vm top demo --once
+show ghostctl audit list --vm demo
 
 step "What it printed on its console"
 # The address is known a moment before the last lines are there. Into a file first: a reader that stops

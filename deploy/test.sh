@@ -25,6 +25,11 @@ deploy/host-setup.sh
 make --no-print-directory cargo-there
 lap "host set-up"
 
+# The tiny image has it built in, the Debian gets it by its seed.
+make --no-print-directory guest
+export GHOST_GUEST_PROGRAM=$PWD/build/guest/ghost-guest
+lap "guest agent"
+
 deploy/images/build-tiny.sh build/images/tiny.qcow2
 deploy/images/build-debian-12.sh build/images/debian-12.qcow2
 # Where the system tier finds them.
