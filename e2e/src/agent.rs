@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::auditor::{self, Hypervisor, Subject};
-use crate::binaries::{program, tiny_image};
+use crate::binaries::{guest_program, program, tiny_image};
 use crate::ctl::{self, Ctl};
 use crate::{libvirt, wait};
 
@@ -127,6 +127,7 @@ impl Builder {
             "http": { "listen": format!("127.0.0.1:{}", ports[1]) },
             "metrics": { "listen": format!("127.0.0.1:{}", ports[2]) },
             "network": { "name": prefix },
+            "guest": { "program": guest_program() },
         });
         merge(&mut config, &self.config);
         Agent {

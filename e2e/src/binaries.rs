@@ -33,6 +33,35 @@ pub fn program(name: &str) -> PathBuf {
     }
 }
 
+/// The agent's program for guests: static, as guests get it.
+///
+/// # Panics
+/// Where it cannot be made.
+#[expect(clippy::panic, reason = "nothing can be tested without it")]
+pub fn guest_program() -> &'static Path {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    PROGRAM.get_or_init(|| {
+        let path = std::env::var_os("GHOST_GUEST_PROGRAM")
+            .filter(|path| !path.is_empty())
+            .map_or_else(|| workspace().join("build/guest/ghost-guest"), PathBuf::from);
+        if !path.is_file() {
+            let made = Command::new("make")
+                .args(["--no-print-directory", "guest"])
+                .current_dir(workspace())
+                .status();
+            assert!(
+                made.is_ok_and(|status| status.success()) && path.is_file(),
+                "{} cannot be made; run: make guest",
+                path.display()
+            );
+        }
+        match path.canonicalize() {
+            Ok(path) => path,
+            Err(error) => panic!("{}: {error}", path.display()),
+        }
+    })
+}
+
 /// The tiny guest's image.
 ///
 /// # Panics
