@@ -43,7 +43,10 @@ pub fn guest_program() -> &'static Path {
     PROGRAM.get_or_init(|| {
         let path = std::env::var_os("GHOST_GUEST_PROGRAM")
             .filter(|path| !path.is_empty())
-            .map_or_else(|| workspace().join("build/guest/ghost-guest"), PathBuf::from);
+            .map_or_else(
+                || workspace().join("build/guest/ghost-guest"),
+                PathBuf::from,
+            );
         if !path.is_file() {
             let made = Command::new("make")
                 .args(["--no-print-directory", "guest"])

@@ -117,6 +117,51 @@ fn debian_is_what_cloud_init_was_told() {
             "skipped: logging in needs openssh-client; the key was seen in the guest's own file"
         );
     }
+    // The agent came by the seed alone: a stock image, no network, no package.
+    ctl.ok(&["vm", "wait", &vm, "--for", "agent", "--timeout", "300s"]);
+    ctl.ok(&[
+        "vm",
+        "wait",
+        &vm,
+        "--for",
+        "cloud-init",
+        "--timeout",
+        "300s",
+    ]);
+    let inside = |words: &[&str]| ctl.ok(&[&["exec"], words].concat());
+    assert_eq!(
+        inside(&[&vm, "--", "cat", "/etc/ghost-was-here"]),
+        "written by cloud-init"
+    );
+    assert_eq!(
+        inside(&[
+            "-u",
+            "ada",
+            &vm,
+            "--",
+            "sh",
+            "-c",
+            "id -un; pwd; id -G | wc -w"
+        ])
+        .lines()
+        .take(2)
+        .collect::<Vec<_>>(),
+        ["ada", "/home/ada"]
+    );
+    assert!(inside(&[&vm, "--", "systemctl", "is-active", "ghost-guest"]).starts_with("active"));
+    ctl.ok(&["guest", "freeze", &vm]);
+    ctl.ok(&["guest", "thaw", &vm]);
+    let secret = "correct horse battery";
+    let set = ctl.run_with(
+        &["guest", "password", &vm, "ada"],
+        format!("{secret}\n").as_bytes(),
+    );
+    assert_eq!(set.code, 0, "{}", set.stderr);
+    assert!(
+        inside(&[&vm, "--", "grep", "^ada:[$]", "/etc/shadow"]).starts_with("ada:$"),
+        "the password is hashed"
+    );
+    assert!(!ctl.ok(&["audit", "list"]).contains(secret));
     ctl.ok(&["vm", "stop", &vm, "--timeout", "120s"]);
     let stopped = show(&agent, &vm);
     assert_eq!(text(&stopped["state"]), "stopped");
