@@ -38,6 +38,13 @@ fn inside(agent: &Agent, vm: &str, words: &[&str]) -> String {
     agent.ctl().ok(&[&["exec", vm, "--"], words].concat())
 }
 
+/// Tries what must be refused.
+#[track_caller]
+fn refused(agent: &Agent, vm: &str, exit: i32, code: &str) {
+    let output = agent.ctl().run(&["-o", "json", "exec", vm, "--", "true"]);
+    ctl::failed(&output, exit, code, "exec").unwrap_or_else(|wrong| panic!("{wrong}"));
+}
+
 /// A program in the guest that goes on until something ends it.
 fn long_call(agent: &Agent, vm: &str) -> Child {
     let mut child = agent
@@ -162,17 +169,17 @@ fn programs_run_as_asked_and_leave_a_trace() {
 
     // A program that is not there, a VM that is not there.
     assert_ne!(exec(&agent, &vm, &["no-such-program"]).code, 0);
-    ctl.fails(&["exec", "no-such-vm", "--", "true"], 3, "vm_not_found");
+    refused(&agent, "no-such-vm", 3, "vm_not_found");
 
     // The owner closes the VM, or all of them at once.
     ctl.ok(&["vm", "update", &vm, "--guest-access", "off"]);
-    ctl.fails(&["exec", &vm, "--", "true"], 6, "guest_access_off");
+    refused(&agent, &vm, 6, "guest_access_off");
     ctl.ok(&["vm", "update", &vm, "--guest-access", "on"]);
     let open = long_call(&agent, &vm);
     ctl.ok(&["lockdown", "--reason", "a test"]);
     let (code, said) = end(open, CALL);
     assert!(code != 0 && !said.is_empty(), "{code}: {said}");
-    ctl.fails(&["exec", &vm, "--", "true"], 6, "lockdown");
+    refused(&agent, &vm, 6, "lockdown");
     ctl.ok(&["lockdown", "--lift"]);
     wait::until_ok("the guest is open again", CALL, || {
         match exec(&agent, &vm, &["true"]) {
