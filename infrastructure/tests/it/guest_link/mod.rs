@@ -2,6 +2,7 @@
 
 mod calls;
 mod fake;
+mod fuzzed;
 mod hostility;
 mod life;
 mod measure;
