@@ -122,8 +122,15 @@ pub fn message_in(directory: &Path, data: &[u8]) {
     let mut decoder = Decoder::new();
     let mut buffer = vec![0; 64 * 1024];
     'alive: loop {
-        let read = host.read(&mut buffer).expect("an agent that answers");
-        assert!(read > 0, "the agent ended");
+        let read = match host.read(&mut buffer) {
+            Ok(read @ 1..) => read,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+            other => {
+                drop(host);
+                let agent = agent.join();
+                panic!("no answer: {other:?}; the agent: {agent:?}; sent: {data:02x?}");
+            }
+        };
         decoder.push(&buffer[..read]);
         while let Some(found) = decoder.next() {
             let Found::Message(message) = found else {

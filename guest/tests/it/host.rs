@@ -44,6 +44,7 @@ impl Host {
 
     /// An agent that has only announced itself.
     pub(crate) fn silent(options: Options) -> Self {
+        more_descriptors();
         let (ours, theirs) = UnixStream::pair().unwrap();
         let agent = std::thread::spawn(move || {
             let channel = Channel::try_from(theirs).unwrap();
@@ -237,6 +238,16 @@ pub(crate) struct Output {
 impl Output {
     pub(crate) fn text(&self) -> String {
         String::from_utf8_lossy(&self.stdout).into_owned()
+    }
+}
+
+/// Many agents with many calls share the descriptors of the tests' one process.
+pub(crate) fn more_descriptors() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    if limit.current != limit.maximum {
+        limit.current = limit.maximum;
+        let _ = setrlimit(Resource::Nofile, limit);
     }
 }
 
