@@ -42,8 +42,8 @@ guest: cargo-there ## the agent inside VMs: one static program, under build/gues
 guest-packages: guest ## the same as .deb and .rpm (needs cargo-deb and cargo-generate-rpm)
 	@for tool in cargo-deb cargo-generate-rpm; do command -v $$tool >/dev/null || { \
 	  echo "make: $$tool is missing: cargo install $$tool" >&2; exit 1; }; done
-	cd guest && $(CARGO) deb --no-build --no-strip --profile guest --target $(GUEST_TARGET) --output $(CURDIR)/$(BUILD)/guest/
-	$(CARGO) generate-rpm -p guest --profile guest --target $(GUEST_TARGET) --output $(BUILD)/guest/
+	cd guest && $(CARGO) deb --no-build --no-strip --output $(CURDIR)/$(BUILD)/guest/
+	$(CARGO) generate-rpm -p guest --output $(BUILD)/guest/
 	@ls -l $(BUILD)/guest/
 
 images: ## both guest images, under build/images/ (root)
