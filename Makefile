@@ -60,7 +60,8 @@ lint: cargo-there ## formatting, clippy, shell scripts
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	@if command -v shellcheck >/dev/null; then \
-	  shellcheck -x -P SCRIPTDIR deploy/*.sh deploy/images/*.sh .ci/run && shellcheck -s dash $$(grep -l "^#!/bin/sh" deploy/images/tiny/*); \
+	  shellcheck -x -P SCRIPTDIR deploy/*.sh deploy/images/*.sh deploy/guest/*.sh .ci/run && \
+	  shellcheck -s dash deploy/packages/deb/* deploy/packages/rpm/* deploy/packages/ghost-guest.sysv $$(grep -l "^#!/bin/sh" deploy/images/tiny/*); \
 	else echo "lint: shell scripts skipped (shellcheck is not installed)"; fi
 
 proto: cargo-there ## generated protobuf code anew, from proto/
