@@ -69,6 +69,8 @@ proto: cargo-there ## generated protobuf code anew, from proto/
 
 bench: build ## the figures that the README quotes (root)
 	$(RELEASE)/bench
+	@# A hundred simulated guests: the links' own share, which needs no libvirt.
+	$(CARGO) test --release --locked -p ghost-infrastructure --test it -- --ignored --exact --nocapture guest_link::measure::a_hundred_guests
 
 install: build ## binaries, unit, configuration, completions and manuals
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(UNITDIR) $(DESTDIR)$(SYSCONF)/ghost

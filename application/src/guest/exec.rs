@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use async_trait::async_trait;
 use ghost_domain::guest::{ExecExit, ExecRequest, GuestProgram};
 use ghost_domain::ports::{ExecEvent, ExecInput, ExecOutput, ExecSession};
-use ghost_domain::{Principal, Result};
+use ghost_domain::{Error, ErrorCode, Principal, Result};
 
 use super::door::{Door, Visit, failed};
 use super::{GuestTarget, detail};
@@ -35,6 +35,10 @@ impl ExecInGuest {
             GuestProgram::Command { .. } => "exec",
         };
         request.validate()?;
+        let program = match &request.program {
+            GuestProgram::LoginShell => "the login shell".to_owned(),
+            GuestProgram::Command { program, .. } => format!("{program:?}"),
+        };
         let visit = self
             .door
             .enter(principal, target, action, detail::exec(&request))
@@ -51,6 +55,7 @@ impl ExecInGuest {
             output: Box::new(WatchedOutput {
                 inner: session.output,
                 visit: Some(visit),
+                program,
                 sent: Arc::clone(&sent),
                 received: 0,
             }),
@@ -66,6 +71,7 @@ impl ExecInGuest {
 struct WatchedOutput {
     inner: Box<dyn ExecOutput>,
     visit: Option<Visit>,
+    program: String,
     sent: Arc<AtomicU64>,
     received: u64,
 }
@@ -90,7 +96,19 @@ impl ExecOutput for WatchedOutput {
             Ok(ExecEvent::Started(_)) => {}
             Err(error) => self.end(failed(error)),
         }
-        event
+        event.map_err(|error| of_program(error, &self.program))
+    }
+}
+
+/// A program that is not there is the commonest slip of all: it is named as what was asked for.
+fn of_program(error: Error, program: &str) -> Error {
+    if error.code() != ErrorCode::GuestFileNotFound {
+        return error;
+    }
+    let named = Error::new(error.code(), format!("the guest has no program {program}"));
+    match error.cause() {
+        Some(cause) => named.because(cause),
+        None => named,
     }
 }
 
@@ -141,5 +159,21 @@ impl ExecInput for WatchedInput {
 
     async fn signal(&self, number: u8) -> Result<()> {
         self.inner.signal(number).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_that_is_not_there_is_named_and_other_errors_stay() {
+        let missing = Error::new(ErrorCode::GuestFileNotFound, "the guest has no such file")
+            .because("cannot start it");
+        let told = of_program(missing, "\"nginx\"");
+        assert_eq!(told.message(), "the guest has no program \"nginx\"");
+        assert_eq!(told.cause(), Some("cannot start it"));
+        let other = Error::new(ErrorCode::GuestFailed, "no memory");
+        assert_eq!(of_program(other.clone(), "x"), other);
     }
 }
