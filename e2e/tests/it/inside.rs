@@ -216,8 +216,8 @@ fn a_shell_in_a_guest_is_a_terminal() {
     terminal.send("tty\r");
     terminal.expect("/dev/pts/", CALL);
     // Ctrl-C is the guest's.
-    terminal.send("sleep 1000\r");
-    std::thread::sleep(Duration::from_secs(1));
+    terminal.send("echo armed $((2 + 1)); sleep 1000\r");
+    terminal.expect("armed 3", CALL);
     terminal.send("\x03");
     terminal.send("echo still here $((1 + 1))\r");
     terminal.expect("still here 2", CALL);
