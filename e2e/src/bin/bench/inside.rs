@@ -3,6 +3,8 @@
 //!
 //! Files lie in the guest's memory, so that its disk is no part of it. All transfers carry the same
 //! number of bytes, in the way that is fastest for each; sizes are told as the time that they take.
+//! The bare port is measured twice: with nothing at the guest's end (`/dev/null`, `/dev/zero`), which
+//! is what the channel carries, and with the same file there, which is what a copy must do at least.
 
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
@@ -41,6 +43,8 @@ const SIZE: usize = 16 << 20;
 const QGA_PIECE: usize = 48 << 10;
 /// Where the guest keeps the files.
 const FILE: &str = "/dev/shm/ghost-bench";
+/// What the bare port writes and reads there.
+const BARE_FILE: &str = "/dev/shm/ghost-bench-bare";
 /// The port that nobody serves.
 const BARE_PORT: &str = "org.ghost.bench.0";
 
@@ -256,7 +260,7 @@ impl Peer<'_> {
 }
 
 fn execute(ours: &Ours<'_>, peer: &Peer<'_>, report: &mut Report) -> Result<(), Failure> {
-    let (mut here, mut there) = (Vec::new(), Vec::new());
+    let (mut here, mut there, mut alone) = (Vec::new(), Vec::new(), Vec::new());
     for round in 0..=CALLS {
         let begun = Instant::now();
         ours.exec("/bin/true", &[])?;
@@ -267,6 +271,9 @@ fn execute(ours: &Ours<'_>, peer: &Peer<'_>, report: &mut Report) -> Result<(), 
         if round > 0 {
             here.push(took);
             there.push(begun.elapsed());
+            if round % 4 == 0 {
+                alone.push(inside_alone(ours)?);
+            }
         }
     }
     progress(&format!(
@@ -279,7 +286,27 @@ fn execute(ours: &Ours<'_>, peer: &Peer<'_>, report: &mut Report) -> Result<(), 
             .beside("qemu-guest-agent", ms(median(&there)))
             .budget(Budget::Times(0.2)),
     );
+    report.add(
+        Figure::new("exec of `true` in a guest", ms(median(&here)), "ms").beside(
+            "a shell in the guest itself starts `true`",
+            ms(median(&alone)),
+        ),
+    );
     Ok(())
+}
+
+/// What starting `true` costs in the guest itself, without any channel: a shell starts it many times.
+fn inside_alone(ours: &Ours<'_>) -> Result<Duration, Failure> {
+    const MANY: u32 = 20;
+    let looped = |program: &str| {
+        let script = format!("i=0; while [ $i -lt {MANY} ]; do {program}; i=$((i+1)); done");
+        let begun = Instant::now();
+        ours.exec("/bin/sh", &["-c", &script])?;
+        Ok::<_, Failure>(begun.elapsed())
+    };
+    // `:` is the shell's own.
+    let nothing = looped(":")?;
+    Ok(looped("/bin/true")?.saturating_sub(nothing) / MANY)
 }
 
 fn transfer(
@@ -293,7 +320,7 @@ fn transfer(
         .map(|at| (at.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8)
         .collect();
     let bare = Bare::plug(agent, domain)?;
-    let mut times: [Vec<Duration>; 6] = Default::default();
+    let mut times: [Vec<Duration>; 8] = Default::default();
     for round in 0..=TRANSFERS {
         let mut took = Vec::new();
         let mut time = |what: &mut dyn FnMut() -> Result<usize, Failure>| -> Result<(), Failure> {
@@ -309,16 +336,22 @@ fn transfer(
         time(&mut || ours.read())?;
         time(&mut || peer.write(&data).map(|()| SIZE))?;
         time(&mut || peer.read())?;
-        time(&mut || bare.write(ours, &data))?;
-        time(&mut || bare.read(ours))?;
+        time(&mut || bare.write(ours, &data, "/dev/null"))?;
+        time(&mut || bare.read(ours, "/dev/zero"))?;
+        time(&mut || bare.write(ours, &data, BARE_FILE))?;
+        time(&mut || bare.read(ours, BARE_FILE))?;
+        // Written anew every time, as ours is.
+        ours.exec("/bin/rm", &[BARE_FILE])?;
         progress(&format!(
-            "16 MiB: in {:.0} ms, out {:.0} ms; qemu-guest-agent {:.0}, {:.0}; bare port {:.0}, {:.0}",
+            "16 MiB: in {:.0} ms, out {:.0} ms; qemu-guest-agent {:.0}, {:.0}; bare port {:.0}, {:.0}; with a file {:.0}, {:.0}",
             ms(took[0]),
             ms(took[1]),
             ms(took[2]),
             ms(took[3]),
             ms(took[4]),
-            ms(took[5])
+            ms(took[5]),
+            ms(took[6]),
+            ms(took[7])
         ));
         if round > 0 {
             for (all, one) in times.iter_mut().zip(took) {
@@ -326,8 +359,16 @@ fn transfer(
             }
         }
     }
-    let [write, read, qga_write, qga_read, bare_write, bare_read] =
-        times.map(|all| ms(median(&all)));
+    let [
+        write,
+        read,
+        qga_write,
+        qga_read,
+        bare_write,
+        bare_read,
+        file_write,
+        file_read,
+    ] = times.map(|all| ms(median(&all)));
     for (name, value, what, other, most) in [
         (
             "copy of 16 MiB into a guest",
@@ -344,6 +385,13 @@ fn transfer(
             1.25,
         ),
         (
+            "copy of 16 MiB into a guest",
+            write,
+            "bare virtio-serial into a file",
+            file_write,
+            1.25,
+        ),
+        (
             "copy of 16 MiB out of a guest",
             read,
             "qemu-guest-agent",
@@ -355,6 +403,13 @@ fn transfer(
             read,
             "bare virtio-serial",
             bare_read,
+            1.25,
+        ),
+        (
+            "copy of 16 MiB out of a guest",
+            read,
+            "bare virtio-serial from a file",
+            file_read,
             1.25,
         ),
     ] {
@@ -398,7 +453,7 @@ impl<'a> Bare<'a> {
     }
 
     /// Time until `dd` has read all and ended.
-    fn write(&self, ours: &Ours<'_>, data: &[u8]) -> Result<usize, Failure> {
+    fn write(&self, ours: &Ours<'_>, data: &[u8], target: &str) -> Result<usize, Failure> {
         let mut socket = UnixStream::connect(&self.socket)?;
         let input = format!("if={}", Self::port());
         std::thread::scope(|scope| {
@@ -407,7 +462,7 @@ impl<'a> Bare<'a> {
                 "/bin/dd",
                 &[
                     &input,
-                    "of=/dev/null",
+                    &format!("of={target}"),
                     "bs=64k",
                     "iflag=fullblock",
                     &format!("count={}", data.len() >> 16),
@@ -418,7 +473,7 @@ impl<'a> Bare<'a> {
         })
     }
 
-    fn read(&self, ours: &Ours<'_>) -> Result<usize, Failure> {
+    fn read(&self, ours: &Ours<'_>, source: &str) -> Result<usize, Failure> {
         let mut socket = UnixStream::connect(&self.socket)?;
         let output = format!("of={}", Self::port());
         std::thread::scope(|scope| {
@@ -435,7 +490,7 @@ impl<'a> Bare<'a> {
             ours.exec(
                 "/bin/dd",
                 &[
-                    "if=/dev/zero",
+                    &format!("if={source}"),
                     &output,
                     "bs=64k",
                     &format!("count={}", SIZE >> 16),

@@ -358,4 +358,4 @@ proptest! {
 }
 
 /// Elements of a domain without interfaces, tags and autostart.
-const FIXED_ELEMENTS: usize = 61;
+const FIXED_ELEMENTS: usize = 63;
