@@ -68,6 +68,11 @@ pub enum PrincipalSource {
         /// Which key.
         credential: CredentialId,
     },
+    /// Somebody whom Core vouches for, as far as the host's owner lets Core.
+    Core {
+        /// The tenant of whoever calls; `None` for Core's own administrators.
+        tenant: Option<crate::TenantName>,
+    },
     /// The agent itself: autostart, crash restart, reconciliation.
     Agent,
 }

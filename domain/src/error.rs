@@ -135,6 +135,46 @@ codes! {
     PermissionDenied = "permission_denied",
     /// The join token is wrong, used or expired.
     TokenInvalid = "token_invalid",
+    /// No such host in the fleet.
+    HostNotFound = "host_not_found",
+    /// A prefix or name matches more than one host.
+    HostAmbiguous = "host_ambiguous",
+    /// The call goes to a host, and none was named.
+    HostRequired = "host_required",
+    /// Another host of the tenant has the name.
+    HostNameTaken = "host_name_taken",
+    /// The host has no link to Core now.
+    HostOffline = "host_offline",
+    /// The host's identity was used by two machines; its owner has to decide.
+    HostLocked = "host_locked",
+    /// The host's owner does not let Core do this.
+    CorePermissionDenied = "core_permission_denied",
+    /// Core asks for so much that the host's owner has to confirm it.
+    ConfirmationRequired = "confirmation_required",
+    /// A command came from an older state of Core, or out of order.
+    StaleCommand = "stale_command",
+    /// No such command.
+    CommandNotFound = "command_not_found",
+    /// The command was already taken by the host.
+    CommandTaken = "command_taken",
+    /// No host can take the VM.
+    NoHostFits = "no_host_fits",
+    /// No such tenant.
+    TenantNotFound = "tenant_not_found",
+    /// The tenant exists.
+    TenantExists = "tenant_exists",
+    /// The tenant still has hosts or users.
+    TenantInUse = "tenant_in_use",
+    /// No such user.
+    UserNotFound = "user_not_found",
+    /// A quota of the tenant or the user would be exceeded.
+    QuotaExceeded = "quota_exceeded",
+    /// Core cannot be reached (agent side).
+    CoreUnreachable = "core_unreachable",
+    /// This host has not joined a fleet.
+    NotEnrolled = "not_enrolled",
+    /// This host has joined a fleet already.
+    AlreadyEnrolled = "already_enrolled",
     /// An input or output error on the host.
     IoFailed = "io_failed",
     /// A fault of ours.

@@ -69,6 +69,14 @@ identifier!(
     /// Identity of a certificate, key or join token that we issued.
     CredentialId, "credential"
 );
+identifier!(
+    /// Identity of a host in a fleet.
+    HostId, "host"
+);
+identifier!(
+    /// Identity of a command that Core queued for a host.
+    CommandId, "command"
+);
 
 /// The caller's idempotency key: the same key with the same request returns the same operation.
 /// 1 to 128 printable ASCII characters.

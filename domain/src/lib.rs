@@ -13,6 +13,7 @@
 mod access;
 mod error;
 mod event;
+pub mod fleet;
 pub mod guest;
 mod identifier;
 mod image;
@@ -29,13 +30,13 @@ pub mod vm;
 pub use access::{ApiKey, Certificate, JoinToken, Principal, PrincipalSource, Role, Secret};
 pub use error::{Error, ErrorCode, FieldViolation, Result};
 pub use event::{Event, EventKind, Severity};
-pub use identifier::{CredentialId, OperationId, RequestId, VmId};
+pub use identifier::{CommandId, CredentialId, HostId, OperationId, RequestId, VmId};
 pub use image::{
     CatalogueEntry, Checksum, ChecksumAlgorithm, ChecksumSource, Image, ImageDigest, ImageFormat,
     ImageOrigin,
 };
 pub use mac::MacAddress;
-pub use name::{ImageName, NetworkName, VmName};
+pub use name::{HostName, ImageName, NetworkName, TenantName, VmName};
 pub use network::{Lease, Network};
 pub use operation::{
     JournalEntry, JournalEvent, Operation, OperationKind, OperationStatus, Progress, VmChange,

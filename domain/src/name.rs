@@ -76,6 +76,64 @@ name_type!(
     NetworkName, "network", 32, b"-",
     "1 to 32 of a-z, 0-9 and '-', starting with a letter or digit"
 );
+name_type!(
+    /// A host's name in its tenant's fleet: `^[a-z0-9][a-z0-9-]{0,62}$`.
+    HostName, "host", 63, b"-",
+    "1 to 63 of a-z, 0-9 and '-', starting with a letter or digit"
+);
+/// A tenant's name: `^[a-z0-9][a-z0-9-]{0,31}$` without `--`, which parts tenant and host in an
+/// endpoint of Piko.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TenantName(String);
+
+impl TenantName {
+    /// The tenant of hosts and people for whom nobody named one.
+    pub const DEFAULT: &'static str = "default";
+
+    /// Checks and wraps a name.
+    ///
+    /// # Errors
+    /// [`ErrorCode::InvalidName`] with the rule that was broken.
+    pub fn new(text: impl Into<String>) -> Result<Self, Error> {
+        let text = text.into();
+        let rule = "1 to 32 of a-z, 0-9 and single '-', starting with a letter or digit";
+        let first_ok = text
+            .bytes()
+            .next()
+            .is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+        let rest_ok = text
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+        if !first_ok || !rest_ok || text.len() > 32 || text.contains("--") {
+            return Err(Error::new(
+                ErrorCode::InvalidName,
+                format!("{text:?} is not a legal tenant name"),
+            )
+            .because(rule)
+            .field("tenant", rule));
+        }
+        Ok(Self(text))
+    }
+
+    /// The name as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for TenantName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+impl FromStr for TenantName {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        Self::new(text)
+    }
+}
 
 #[cfg(test)]
 mod tests {

@@ -98,6 +98,8 @@ codes! {
     "disk_too_small" => DiskTooSmall, Usage;
     "payload_too_large" => PayloadTooLarge, Usage;
     "vm_ambiguous" => VmAmbiguous, Usage;
+    "host_ambiguous" => HostAmbiguous, Usage;
+    "host_required" => HostRequired, Usage;
 
     "vm_not_found" => VmNotFound, NotFound;
     "image_not_found" => ImageNotFound, NotFound;
@@ -105,6 +107,10 @@ codes! {
     "network_not_found" => NetworkNotFound, NotFound;
     "credential_not_found" => CredentialNotFound, NotFound;
     "guest_file_not_found" => GuestFileNotFound, NotFound;
+    "host_not_found" => HostNotFound, NotFound;
+    "command_not_found" => CommandNotFound, NotFound;
+    "tenant_not_found" => TenantNotFound, NotFound;
+    "user_not_found" => UserNotFound, NotFound;
     "not_found" => NotFound, NotFound;
 
     "name_taken" => NameTaken, Conflict;
@@ -118,23 +124,37 @@ codes! {
     "generation_mismatch" => GenerationMismatch, Conflict;
     "operation_finished" => OperationFinished, Conflict;
     "request_id_reused" => RequestIdReused, Conflict;
+    "host_name_taken" => HostNameTaken, Conflict;
+    "host_locked" => HostLocked, Conflict;
+    "confirmation_required" => ConfirmationRequired, Conflict;
+    "stale_command" => StaleCommand, Conflict;
+    "command_taken" => CommandTaken, Conflict;
+    "tenant_exists" => TenantExists, Conflict;
+    "tenant_in_use" => TenantInUse, Conflict;
+    "not_enrolled" => NotEnrolled, Conflict;
+    "already_enrolled" => AlreadyEnrolled, Conflict;
 
     "agent_unreachable" => AgentUnreachable, Unreachable;
     "recovering" => Recovering, Unreachable;
     "guest_unreachable" => GuestUnreachable, Unreachable;
     "shutting_down" => ShuttingDown, Unreachable;
+    "host_offline" => HostOffline, Unreachable;
+    "core_unreachable" => CoreUnreachable, Unreachable;
 
     "unauthenticated" => Unauthenticated, Denied;
     "permission_denied" => PermissionDenied, Denied;
     "token_invalid" => TokenInvalid, Denied;
     "guest_path_denied" => GuestPathDenied, Denied;
     "guest_access_off" => GuestAccessOff, Denied;
+    "core_permission_denied" => CorePermissionDenied, Denied;
     "lockdown" => Lockdown, Denied;
 
     "deadline_exceeded" => DeadlineExceeded, TimedOut;
 
     "insufficient_resources" => InsufficientResources, Resources;
     "disk_full" => DiskFull, Resources;
+    "no_host_fits" => NoHostFits, Resources;
+    "quota_exceeded" => QuotaExceeded, Resources;
     "too_many_requests" => TooManyRequests, Resources;
 
     "checksum_mismatch" => ChecksumMismatch, Failed;

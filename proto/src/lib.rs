@@ -16,6 +16,42 @@ pub mod agent {
     }
 }
 
+/// Ghost Core: the fleet's API and the link to its hosts, version 1.
+#[cfg(feature = "agent")]
+pub mod core {
+    /// Generated from `proto/ghost/core/v1/*.proto`.
+    #[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub)]
+    #[rustfmt::skip]
+    pub mod v1 {
+        include!("generated/ghost.core.v1.rs");
+    }
+
+    /// The oldest version of the control stream that this release speaks.
+    pub const OLDEST_LINK_VERSION: u32 = 1;
+    /// The newest.
+    pub const NEWEST_LINK_VERSION: u32 = 1;
+    /// ALPN of a link on Core's TLS listener.
+    pub const LINK_PROTOCOL: &[u8] = b"ghost-tunnel/1";
+    /// Most bytes of one message on the control stream.
+    pub const MOST_LINK_MESSAGE: usize = 1024 * 1024;
+
+    /// Metadata (and HTTP headers) of a call that goes through Core.
+    pub mod metadata {
+        /// The host that a call is for: a name, a full id or a unique prefix of an id.
+        pub const HOST: &str = "ghost-host";
+        /// In an answer: why the VM was placed where it was.
+        pub const PLACEMENT: &str = "ghost-placement";
+        /// From Core to the agent: who calls, `<tenant>/<name>`. Taken only from Core's own streams.
+        pub const PRINCIPAL: &str = "ghost-principal";
+        /// From Core to the agent: the caller's role.
+        pub const ROLE: &str = "ghost-role";
+        /// From Core to the agent: the caller's tenant.
+        pub const TENANT: &str = "ghost-tenant";
+        /// Between replicas: the call was forwarded once and is not forwarded again.
+        pub const FORWARDED: &str = "ghost-forwarded";
+    }
+}
+
 /// What the host agent and the agent in a VM say to each other over the virtio-serial channel.
 pub mod guest {
     pub mod frame;

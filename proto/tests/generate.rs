@@ -8,7 +8,7 @@ use std::path::Path;
 fn generated_code_matches_the_protocol() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut files = Vec::new();
-    for package in ["ghost/agent/v1", "ghost/guest/v1"] {
+    for package in ["ghost/agent/v1", "ghost/core/v1", "ghost/guest/v1"] {
         for entry in fs::read_dir(root.join("proto").join(package)).unwrap() {
             files.push(format!(
                 "{package}/{}",

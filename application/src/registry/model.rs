@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ghost_domain::fleet::FleetLedger;
 use ghost_domain::guest::Lockdown;
 use ghost_domain::ports::{Change, StoreContents, VmStorageUsage};
 use ghost_domain::vm::{Lifecycle, Observation, ShownState, Vm, VmState, show};
@@ -69,6 +70,10 @@ pub(crate) struct Model {
     pub(crate) boot_id: Option<String>,
     /// All ways into guests are closed. In force from the moment it stands here, recorded or not.
     pub(crate) lockdown: Option<Lockdown>,
+    /// What was taken of Core's commands.
+    pub(crate) fleet_ledger: FleetLedger,
+    /// Until when the owner lets Core delete more VMs than usual.
+    pub(crate) delete_consent: Option<Timestamp>,
     pub(crate) link: HypervisorLink,
     /// Records may be missing: nothing may be destroyed until libvirt was asked.
     pub(crate) recovering: bool,
@@ -97,6 +102,8 @@ impl Model {
             join_tokens: BTreeMap::new(),
             boot_id: contents.boot_id,
             lockdown: contents.lockdown,
+            fleet_ledger: contents.fleet_ledger.unwrap_or_default(),
+            delete_consent: contents.delete_consent,
             link: HypervisorLink {
                 connected: false,
                 last_contact: now,
@@ -235,6 +242,8 @@ impl Model {
             Change::PutBootId(boot_id) => self.boot_id = Some(boot_id),
             Change::PutLockdown(lockdown) => self.lockdown = Some(lockdown),
             Change::DeleteLockdown => self.lockdown = None,
+            Change::PutFleetLedger(ledger) => self.fleet_ledger = ledger,
+            Change::PutDeleteConsent(until) => self.delete_consent = Some(until),
         }
     }
 

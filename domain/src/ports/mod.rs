@@ -11,6 +11,7 @@
 
 mod access;
 mod clock;
+mod fleet;
 mod guest;
 mod host;
 mod hypervisor;
@@ -21,6 +22,7 @@ mod vm_storage;
 
 pub use access::{CertificateAuthority, IssuedCertificate};
 pub use clock::Clock;
+pub use fleet::{CoreLink, CoreLinkHandler};
 pub use guest::{
     AuditLog, ExecEvent, ExecInput, ExecOutput, ExecSession, GuestEvent, GuestEvents,
     GuestFileReader, GuestFileWriter, GuestLinks, GuestProgramFile,
@@ -41,6 +43,7 @@ pub use vm_storage::{
 pub use {
     access::MockCertificateAuthority,
     clock::MockClock,
+    fleet::{MockCoreLink, MockCoreLinkHandler},
     guest::{MockAuditLog, MockGuestLinks},
     host::MockHostProbe,
     hypervisor::MockHypervisor,

@@ -2,11 +2,12 @@
 
 use async_trait::async_trait;
 
+use crate::fleet::FleetLedger;
 use crate::guest::Lockdown;
 use crate::vm::Vm;
 use crate::{
     ApiKey, Certificate, CredentialId, Image, ImageName, JoinToken, Operation, OperationId, Result,
-    VmId,
+    Timestamp, VmId,
 };
 
 /// One change to the stored state.
@@ -42,6 +43,10 @@ pub enum Change {
     PutLockdown(Lockdown),
     /// They are open again.
     DeleteLockdown,
+    /// What was taken of Core's commands.
+    PutFleetLedger(FleetLedger),
+    /// Until when the owner lets Core delete more VMs than usual.
+    PutDeleteConsent(Timestamp),
 }
 
 /// All that is stored.
@@ -63,6 +68,10 @@ pub struct StoreContents {
     pub boot_id: Option<String>,
     /// See [`Change::PutLockdown`].
     pub lockdown: Option<Lockdown>,
+    /// See [`Change::PutFleetLedger`].
+    pub fleet_ledger: Option<FleetLedger>,
+    /// See [`Change::PutDeleteConsent`].
+    pub delete_consent: Option<Timestamp>,
     /// What was found lost or damaged when the store was opened, for people. Where it is `Some`,
     /// records may be missing, and nothing may be destroyed until libvirt was asked.
     pub damage: Option<String>,

@@ -54,6 +54,8 @@ impl Table {
 
 const BOOT_ID: &[u8] = b"boot_id";
 const LOCKDOWN: &[u8] = b"lockdown";
+const FLEET_LEDGER: &[u8] = b"fleet_ledger";
+const DELETE_CONSENT: &[u8] = b"delete_consent";
 const MANIFEST: u8 = 0;
 const UNDO: u8 = 1;
 
@@ -99,6 +101,14 @@ impl Key {
 
     pub(super) fn lockdown() -> Self {
         Self::new(Table::Setting, LOCKDOWN)
+    }
+
+    pub(super) fn fleet_ledger() -> Self {
+        Self::new(Table::Setting, FLEET_LEDGER)
+    }
+
+    pub(super) fn delete_consent() -> Self {
+        Self::new(Table::Setting, DELETE_CONSENT)
     }
 
     /// Where the manifest lies.

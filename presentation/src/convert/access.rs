@@ -14,6 +14,7 @@ pub fn identity(principal: &Principal) -> message::Identity {
         PrincipalSource::Socket { .. } => ("socket", String::new()),
         PrincipalSource::Certificate { credential } => ("certificate", credential.to_string()),
         PrincipalSource::Key { credential } => ("key", credential.to_string()),
+        PrincipalSource::Core { .. } => ("core", String::new()),
         PrincipalSource::Agent => ("agent", String::new()),
     };
     message::Identity {

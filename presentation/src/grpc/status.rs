@@ -29,6 +29,8 @@ pub const fn grpc_code(code: ErrorCode) -> Code {
         | ErrorCode::DiskTooSmall
         | ErrorCode::RequestIdReused
         | ErrorCode::VmAmbiguous
+        | ErrorCode::HostAmbiguous
+        | ErrorCode::HostRequired
         | ErrorCode::UnsafeImage
         | ErrorCode::UnsupportedImage
         | ErrorCode::ImageTooLarge => Code::InvalidArgument,
@@ -38,12 +40,20 @@ pub const fn grpc_code(code: ErrorCode) -> Code {
         | ErrorCode::OperationNotFound
         | ErrorCode::NetworkNotFound
         | ErrorCode::CredentialNotFound
-        | ErrorCode::GuestFileNotFound => Code::NotFound,
+        | ErrorCode::GuestFileNotFound
+        | ErrorCode::HostNotFound
+        | ErrorCode::CommandNotFound
+        | ErrorCode::TenantNotFound
+        | ErrorCode::UserNotFound => Code::NotFound,
 
         // What only a client of another version can ask for.
         ErrorCode::NotFound => Code::Unimplemented,
 
-        ErrorCode::NameTaken | ErrorCode::ImageExists => Code::AlreadyExists,
+        ErrorCode::NameTaken
+        | ErrorCode::ImageExists
+        | ErrorCode::HostNameTaken
+        | ErrorCode::TenantExists
+        | ErrorCode::AlreadyEnrolled => Code::AlreadyExists,
 
         ErrorCode::ImageInUse
         | ErrorCode::VmRunning
@@ -53,7 +63,13 @@ pub const fn grpc_code(code: ErrorCode) -> Code {
         | ErrorCode::OperationFinished
         | ErrorCode::GuestUnsupported
         | ErrorCode::GuestFailed
-        | ErrorCode::ChecksumMismatch => Code::FailedPrecondition,
+        | ErrorCode::ChecksumMismatch
+        | ErrorCode::HostLocked
+        | ErrorCode::ConfirmationRequired
+        | ErrorCode::StaleCommand
+        | ErrorCode::CommandTaken
+        | ErrorCode::TenantInUse
+        | ErrorCode::NotEnrolled => Code::FailedPrecondition,
 
         // Another request got in between: look again, then decide.
         ErrorCode::VmBusy | ErrorCode::GenerationMismatch => Code::Aborted,
@@ -61,7 +77,9 @@ pub const fn grpc_code(code: ErrorCode) -> Code {
         ErrorCode::InsufficientResources
         | ErrorCode::DiskFull
         | ErrorCode::TooManyRequests
-        | ErrorCode::PayloadTooLarge => Code::ResourceExhausted,
+        | ErrorCode::PayloadTooLarge
+        | ErrorCode::NoHostFits
+        | ErrorCode::QuotaExceeded => Code::ResourceExhausted,
 
         ErrorCode::DownloadFailed
         | ErrorCode::HypervisorUnavailable
@@ -69,6 +87,8 @@ pub const fn grpc_code(code: ErrorCode) -> Code {
         | ErrorCode::StoreUnavailable
         | ErrorCode::Recovering
         | ErrorCode::ShuttingDown
+        | ErrorCode::HostOffline
+        | ErrorCode::CoreUnreachable
         | ErrorCode::AgentUnreachable => Code::Unavailable,
 
         ErrorCode::DeadlineExceeded => Code::DeadlineExceeded,
@@ -77,6 +97,7 @@ pub const fn grpc_code(code: ErrorCode) -> Code {
         ErrorCode::PermissionDenied
         | ErrorCode::GuestPathDenied
         | ErrorCode::GuestAccessOff
+        | ErrorCode::CorePermissionDenied
         | ErrorCode::Lockdown => Code::PermissionDenied,
 
         ErrorCode::HypervisorFailed

@@ -39,6 +39,7 @@ pub struct Problem {
 pub const fn http_status(code: ErrorCode) -> StatusCode {
     match code {
         ErrorCode::InvalidArgument
+        | ErrorCode::HostRequired
         | ErrorCode::InvalidName
         | ErrorCode::InvalidSize
         | ErrorCode::InvalidUserData
@@ -58,9 +59,23 @@ pub const fn http_status(code: ErrorCode) -> StatusCode {
         | ErrorCode::NetworkNotFound
         | ErrorCode::CredentialNotFound
         | ErrorCode::GuestFileNotFound
+        | ErrorCode::HostNotFound
+        | ErrorCode::CommandNotFound
+        | ErrorCode::TenantNotFound
+        | ErrorCode::UserNotFound
         | ErrorCode::NotFound => StatusCode::NOT_FOUND,
 
         ErrorCode::VmAmbiguous
+        | ErrorCode::HostAmbiguous
+        | ErrorCode::HostNameTaken
+        | ErrorCode::HostLocked
+        | ErrorCode::ConfirmationRequired
+        | ErrorCode::StaleCommand
+        | ErrorCode::CommandTaken
+        | ErrorCode::TenantExists
+        | ErrorCode::TenantInUse
+        | ErrorCode::NotEnrolled
+        | ErrorCode::AlreadyEnrolled
         | ErrorCode::NameTaken
         | ErrorCode::ImageExists
         | ErrorCode::ImageInUse
@@ -75,7 +90,10 @@ pub const fn http_status(code: ErrorCode) -> StatusCode {
 
         ErrorCode::GenerationMismatch => StatusCode::PRECONDITION_FAILED,
 
-        ErrorCode::InsufficientResources | ErrorCode::DiskFull => StatusCode::INSUFFICIENT_STORAGE,
+        ErrorCode::InsufficientResources
+        | ErrorCode::NoHostFits
+        | ErrorCode::QuotaExceeded
+        | ErrorCode::DiskFull => StatusCode::INSUFFICIENT_STORAGE,
 
         ErrorCode::TooManyRequests => StatusCode::TOO_MANY_REQUESTS,
 
@@ -89,6 +107,8 @@ pub const fn http_status(code: ErrorCode) -> StatusCode {
         | ErrorCode::StoreUnavailable
         | ErrorCode::Recovering
         | ErrorCode::ShuttingDown
+        | ErrorCode::HostOffline
+        | ErrorCode::CoreUnreachable
         | ErrorCode::AgentUnreachable => StatusCode::SERVICE_UNAVAILABLE,
 
         ErrorCode::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
@@ -96,6 +116,7 @@ pub const fn http_status(code: ErrorCode) -> StatusCode {
         ErrorCode::PermissionDenied
         | ErrorCode::GuestPathDenied
         | ErrorCode::GuestAccessOff
+        | ErrorCode::CorePermissionDenied
         | ErrorCode::Lockdown => StatusCode::FORBIDDEN,
         ErrorCode::IoFailed | ErrorCode::Internal => StatusCode::INTERNAL_SERVER_ERROR,
     }

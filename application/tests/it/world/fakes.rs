@@ -694,6 +694,8 @@ impl StateStore for Fake {
                 Change::PutBootId(boot_id) => store.boot_id = Some(boot_id),
                 Change::PutLockdown(lockdown) => store.lockdown = Some(lockdown),
                 Change::DeleteLockdown => store.lockdown = None,
+                Change::PutFleetLedger(ledger) => store.fleet_ledger = Some(ledger),
+                Change::PutDeleteConsent(until) => store.delete_consent = Some(until),
             }
         }
         Ok(())

@@ -10,6 +10,7 @@
 //! `fixtures/` holds records of each.
 
 mod access;
+mod fleet;
 mod image;
 mod operation;
 mod vm;
@@ -17,7 +18,7 @@ mod vm;
 use std::fmt;
 
 use ghost_domain::ports::{Change, StoreContents};
-use ghost_domain::{Error, ErrorCode, Result};
+use ghost_domain::{Error, ErrorCode, Result, Timestamp};
 use serde::de::{DeserializeOwned, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -60,6 +61,8 @@ pub(super) fn encode_change(change: &Change) -> Result<Write> {
         C::PutBootId(boot_id) => put(Key::boot_id(), boot_id)?,
         C::PutLockdown(row) => put(Key::lockdown(), &access::LockdownRow::from(row))?,
         C::DeleteLockdown => (Key::lockdown(), None),
+        C::PutFleetLedger(row) => put(Key::fleet_ledger(), &fleet::LedgerRow::from(row))?,
+        C::PutDeleteConsent(until) => put(Key::delete_consent(), &until.unix_millis())?,
     })
 }
 
@@ -111,6 +114,12 @@ pub(super) fn decode_into(
             Some(Table::Setting) if *key == Key::lockdown() => {
                 from_cbor::<access::LockdownRow, _>(row).map(|row| contents.lockdown = Some(row))
             }
+            Some(Table::Setting) if *key == Key::fleet_ledger() => {
+                from_cbor::<fleet::LedgerRow, _>(row).map(|row| contents.fleet_ledger = Some(row))
+            }
+            Some(Table::Setting) if *key == Key::delete_consent() => {
+                from_cbor::<i64, Timestamp>(row).map(|until| contents.delete_consent = Some(until))
+            }
             Some(Table::System | Table::Setting) | None => {
                 Err("this version knows no such record".into())
             }
@@ -157,6 +166,12 @@ trait TryFromRow<Row>: Sized {
 impl TryFromRow<Self> for String {
     fn try_from_row(row: Self) -> Result<Self> {
         Ok(row)
+    }
+}
+
+impl TryFromRow<i64> for Timestamp {
+    fn try_from_row(row: i64) -> Result<Self> {
+        Ok(Self::from_unix_millis(row))
     }
 }
 

@@ -446,6 +446,25 @@ proptest! {
     }
 
     #[test]
+    fn a_fleet_ledger_round_trips(core_id in text(), epoch in any::<u64>(), generation in any::<u64>(), message in text(), at in any::<i64>(), failed in any::<bool>()) {
+        use ghost_domain::fleet::{CommandOutcome, CommandStatus, FleetLedger};
+        let outcome = CommandOutcome {
+            id: ghost_domain::CommandId::random(),
+            generation,
+            status: if failed { CommandStatus::Failed } else { CommandStatus::Accepted },
+            operation: failed.then(OperationId::random),
+            code: failed.then_some(ErrorCode::VmNotFound),
+            message,
+            at: Timestamp::from_unix_millis(at),
+        };
+        let ledger = FleetLedger { core_id, epoch, generation, unreported: [outcome].into() };
+        let contents = through_bytes(&Change::PutFleetLedger(ledger.clone()));
+        prop_assert_eq!(contents.fleet_ledger, Some(ledger));
+        let until = Timestamp::from_unix_millis(at);
+        prop_assert_eq!(through_bytes(&Change::PutDeleteConsent(until)).delete_consent, Some(until));
+    }
+
+    #[test]
     fn a_lockdown_round_trips(reason in text(), set_by in text(), since in any::<i64>()) {
         let lockdown = ghost_domain::guest::Lockdown {
             reason,

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use ghost_domain::Timestamp;
 use ghost_domain::ports::Change;
 use ghost_infrastructure::store::Engine;
 use proptest::prelude::*;
@@ -42,6 +43,7 @@ fn change() -> impl Strategy<Value = Change> {
         1 => number.clone().prop_map(|number| Change::DeleteJoinToken(credential_id(number))),
         1 => number.clone().prop_map(|number| Change::PutLockdown(lockdown(number))),
         1 => Just(Change::DeleteLockdown),
+        1 => (0i64..9).prop_map(|at| Change::PutDeleteConsent(Timestamp::from_unix_millis(at))),
         1 => number.prop_map(|number| Change::PutBootId(format!("boot {number}"))),
     ]
 }

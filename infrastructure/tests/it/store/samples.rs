@@ -208,6 +208,8 @@ pub(super) struct Model {
     join_tokens: BTreeMap<CredentialId, JoinToken>,
     boot_id: Option<String>,
     lockdown: Option<Lockdown>,
+    fleet_ledger: Option<ghost_domain::fleet::FleetLedger>,
+    delete_consent: Option<Timestamp>,
 }
 
 impl Model {
@@ -235,6 +237,8 @@ impl Model {
                 Change::PutBootId(boot_id) => self.boot_id = Some(boot_id),
                 Change::PutLockdown(lockdown) => self.lockdown = Some(lockdown),
                 Change::DeleteLockdown => self.lockdown = None,
+                Change::PutFleetLedger(ledger) => self.fleet_ledger = Some(ledger),
+                Change::PutDeleteConsent(until) => self.delete_consent = Some(until),
             }
         }
     }
@@ -250,6 +254,8 @@ impl Model {
             join_tokens: self.join_tokens.values().cloned().collect(),
             boot_id: self.boot_id.clone(),
             lockdown: self.lockdown.clone(),
+            fleet_ledger: self.fleet_ledger.clone(),
+            delete_consent: self.delete_consent,
             damage: None,
         }
     }

@@ -1,0 +1,25 @@
+//! What a fleet is: hosts, tenants, people, commands, and what is known of each host's VMs.
+//!
+//! Nothing here knows of transport, storage or runtime. The VM states, names, errors and roles are
+//! those of `ghost-domain`.
+
+mod caller;
+mod command;
+mod host;
+mod identity;
+mod inventory;
+pub mod ports;
+mod quota;
+mod record;
+mod tenant;
+
+pub use caller::{Caller, CallerSource};
+pub use command::QueuedCommand;
+pub use host::{
+    HostLife, HostRecord, HostState, Labels, LinkTruth, MISSED_HEARTBEATS, Ownership, shown_state,
+};
+pub use identity::{FleetKey, JoinToken, MachineHash, TokenKind, User, UserSource};
+pub use inventory::{HostHealth, Inventory};
+pub use quota::{Quota, Usage};
+pub use record::{Record, RecordKey, Replica, Stored};
+pub use tenant::Tenant;

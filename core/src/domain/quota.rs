@@ -1,0 +1,94 @@
+//! Quotas: computed from records on each admission, never counted up and down.
+
+use ghost_domain::{ByteSize, Demand};
+
+/// The most that a tenant or a user may have; `None`: no limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Quota {
+    /// VMs.
+    pub vms: Option<u32>,
+    /// Virtual CPUs.
+    pub cpus: Option<u32>,
+    /// Memory.
+    pub memory: Option<ByteSize>,
+    /// Disk: virtual size.
+    pub disk: Option<ByteSize>,
+}
+
+/// What a tenant or a user has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Usage {
+    /// VMs, running or not.
+    pub vms: u32,
+    /// What all of them ask for, running or not.
+    pub demand: Demand,
+}
+
+impl Usage {
+    /// With one VM more.
+    #[must_use]
+    pub fn with(self, demand: Demand) -> Self {
+        Self {
+            vms: self.vms.saturating_add(1),
+            demand: self.demand.plus(demand),
+        }
+    }
+}
+
+impl Quota {
+    /// The first limit that `usage` exceeds, for people: `4 of 3 VMs`.
+    pub fn exceeded_by(&self, usage: &Usage) -> Option<String> {
+        let over = |has: u64, most: Option<u64>| most.is_some_and(|most| has > most);
+        let demand = usage.demand;
+        if over(usage.vms.into(), self.vms.map(Into::into)) {
+            return self.vms.map(|most| format!("{} of {most} VMs", usage.vms));
+        }
+        if over(demand.cpus.into(), self.cpus.map(Into::into)) {
+            return self
+                .cpus
+                .map(|most| format!("{} of {most} virtual CPUs", demand.cpus));
+        }
+        if over(demand.memory.bytes(), self.memory.map(|most| most.bytes())) {
+            return self
+                .memory
+                .map(|most| format!("{} of {most} of memory", demand.memory));
+        }
+        if over(demand.disk.bytes(), self.disk.map(|most| most.bytes())) {
+            return self
+                .disk
+                .map(|most| format!("{} of {most} of disk", demand.disk));
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_is_reached_and_not_exceeded() {
+        let quota = Quota {
+            vms: Some(2),
+            memory: Some(ByteSize::from_gib(4)),
+            ..Quota::default()
+        };
+        let one = Demand {
+            cpus: 64,
+            memory: ByteSize::from_gib(2),
+            disk: ByteSize::from_gib(900),
+        };
+        let two = Usage::default().with(one).with(one);
+        assert_eq!(quota.exceeded_by(&two), None);
+        let third = two.with(Demand::default());
+        assert_eq!(quota.exceeded_by(&third).as_deref(), Some("3 of 2 VMs"));
+        let larger = Usage {
+            vms: 1,
+            demand: Demand {
+                memory: ByteSize::from_gib(5),
+                ..Demand::default()
+            },
+        };
+        assert!(quota.exceeded_by(&larger).unwrap().contains("of memory"));
+    }
+}

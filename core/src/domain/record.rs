@@ -1,0 +1,85 @@
+//! Everything that Core keeps, as the store sees it: records under keys, each with a version.
+
+use ghost_domain::{CommandId, CredentialId, HostId, TenantName, Timestamp};
+
+use super::{FleetKey, HostRecord, Inventory, JoinToken, Ownership, QueuedCommand, Tenant, User};
+
+/// Where a record lies.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum RecordKey {
+    /// A host.
+    Host(HostId),
+    /// A host's name in its tenant, so that two cannot have it: the value is [`Record::HostName`].
+    HostName(TenantName, String),
+    /// What a host last said of itself.
+    Inventory(HostId),
+    /// Which replica has its link. Leased.
+    Owner(HostId),
+    /// A command.
+    Command(HostId, CommandId),
+    /// A tenant.
+    Tenant(TenantName),
+    /// A user.
+    User(CredentialId),
+    /// A key.
+    Key(CredentialId),
+    /// A join token.
+    Token(CredentialId),
+    /// A replica that runs. Leased.
+    Replica(String),
+    /// The epoch of the records.
+    Epoch,
+    /// Which Core this is, made once.
+    CoreId,
+}
+
+/// A record.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Record {
+    /// See [`RecordKey::Host`].
+    Host(Box<HostRecord>),
+    /// See [`RecordKey::HostName`].
+    HostName(HostId),
+    /// See [`RecordKey::Inventory`].
+    Inventory(Box<Inventory>),
+    /// See [`RecordKey::Owner`].
+    Owner(Ownership),
+    /// See [`RecordKey::Command`].
+    Command(Box<QueuedCommand>),
+    /// See [`RecordKey::Tenant`].
+    Tenant(Tenant),
+    /// See [`RecordKey::User`].
+    User(User),
+    /// See [`RecordKey::Key`].
+    Key(FleetKey),
+    /// See [`RecordKey::Token`].
+    Token(JoinToken),
+    /// See [`RecordKey::Replica`].
+    Replica(Replica),
+    /// See [`RecordKey::Epoch`].
+    Epoch(u64),
+    /// See [`RecordKey::CoreId`].
+    CoreId(String),
+}
+
+/// A replica of Core that runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Replica {
+    /// Its name.
+    pub name: String,
+    /// Where other replicas and hosts reach it, `host:port`.
+    pub address: String,
+    /// Since when it runs.
+    pub since: Timestamp,
+}
+
+/// A record with the version by which a change of it is noticed.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Stored {
+    /// Where.
+    pub key: RecordKey,
+    /// What.
+    pub record: Record,
+    /// Rises with each change of this record; comparable only with other versions of the same key.
+    pub version: u64,
+}

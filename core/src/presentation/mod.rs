@@ -1,0 +1,1 @@
+//! Core's shells: gRPC, the way through to hosts, HTTP, metrics.

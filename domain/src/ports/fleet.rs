@@ -1,0 +1,62 @@
+//! The link of this host to Ghost Core.
+
+use async_trait::async_trait;
+
+use crate::Result;
+use crate::fleet::{
+    CommandOutcome, CorePermissions, FleetCommand, FleetIdentity, HeartbeatReport, LinkState,
+};
+
+/// What the link asks of the application.
+#[cfg_attr(feature = "mocks", mockall::automock)]
+#[async_trait]
+pub trait CoreLinkHandler: Send + Sync {
+    /// What the owner lets Core do.
+    fn permissions(&self) -> CorePermissions;
+
+    /// The newest epoch and generation that were seen of the Core with this id; zeroes for another.
+    fn ledger(&self, core_id: &str) -> (u64, u64);
+
+    /// Core greeted. Durable when it returns.
+    ///
+    /// # Errors
+    /// `StaleCommand` where the epoch is older than one that was seen: the link then ends, because
+    /// that Core's records are out of date. `StoreUnavailable` where it cannot be kept.
+    async fn welcomed(&self, core_id: &str, epoch: u64) -> Result<()>;
+
+    /// What there is to tell now.
+    async fn report(&self) -> Result<HeartbeatReport>;
+
+    /// Resolves when something of the report changed that should not wait for the next heartbeat
+    /// (a VM's state, a VM that came or went) since the last call.
+    async fn report_changed(&self);
+
+    /// Takes a command, or says what became of it. Durable before it returns; the operation that it
+    /// begins goes on by itself. `None`: it came too early and will be sent again.
+    async fn command(&self, command: FleetCommand) -> Option<CommandOutcome>;
+
+    /// Outcomes that Core has not said it keeps, oldest first.
+    fn outcomes(&self) -> Vec<CommandOutcome>;
+
+    /// Resolves when [`Self::outcomes`] has something new since the last call.
+    async fn outcomes_changed(&self);
+
+    /// Core keeps the outcome of this generation, as far as it is finished.
+    async fn outcome_kept(&self, generation: u64);
+
+    /// The link's state changed, for status, metrics and events.
+    fn link_changed(&self, state: LinkState);
+}
+
+/// The link, for those who ask about it.
+#[cfg_attr(feature = "mocks", mockall::automock)]
+pub trait CoreLink: Send + Sync {
+    /// Who this host is in its fleet; `None` where it has not joined one.
+    fn identity(&self) -> Option<FleetIdentity>;
+
+    /// How the link fares now.
+    fn state(&self) -> LinkState;
+
+    /// Ends a wait and connects at once.
+    fn reconnect(&self);
+}
