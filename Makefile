@@ -13,7 +13,7 @@ GUEST_TARGET := x86_64-unknown-linux-gnu
 GUEST   := $(or $(CARGO_TARGET_DIR),target)/$(GUEST_TARGET)/guest
 
 .DEFAULT_GOAL := help
-.PHONY: help deps cargo-there build guest guest-packages images demo test lint proto bench install uninstall clean
+.PHONY: help deps cargo-there build guest hostile guest-packages images demo test lint proto bench install uninstall clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,11 @@ build: cargo-there guest ## release binaries
 guest: cargo-there ## the agent inside VMs: one static program, under build/guest/
 	RUSTFLAGS='-C target-feature=+crt-static' $(CARGO) build --profile guest --target $(GUEST_TARGET) -p ghost-guest --locked
 	install -D -m 0755 $(GUEST)/ghost-guest $(BUILD)/guest/ghost-guest
+
+# Takes the agent's place in guests under test.
+hostile: cargo-there
+	RUSTFLAGS='-C target-feature=+crt-static' $(CARGO) build --profile guest --target $(GUEST_TARGET) -p ghost-hostile --locked
+	install -D -m 0755 $(GUEST)/hostile-guest $(BUILD)/guest/hostile-guest
 
 guest-packages: guest ## the same as .deb and .rpm (needs cargo-deb and cargo-generate-rpm)
 	@for tool in cargo-deb cargo-generate-rpm; do command -v $$tool >/dev/null || { \
@@ -67,7 +72,7 @@ lint: cargo-there ## formatting, clippy, shell scripts
 proto: cargo-there ## generated protobuf code anew, from proto/
 	GHOST_PROTO_WRITE=1 $(CARGO) test -p ghost-proto --test generate
 
-bench: build ## the figures that the README quotes (root)
+bench: build hostile ## the figures that the README quotes (root)
 	$(RELEASE)/bench
 	@# A hundred simulated guests: the links' own share, which needs no libvirt.
 	$(CARGO) test --release --locked -p ghost-infrastructure --test it -- --ignored --exact --nocapture guest_link::measure::a_hundred_guests

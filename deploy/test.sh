@@ -26,8 +26,9 @@ make --no-print-directory cargo-there
 lap "host set-up"
 
 # The tiny image has it built in, the Debian gets it by its seed.
-make --no-print-directory guest
+make --no-print-directory guest hostile
 export GHOST_GUEST_PROGRAM=$PWD/build/guest/ghost-guest
+export GHOST_HOSTILE_PROGRAM=$PWD/build/guest/hostile-guest
 lap "guest agent"
 
 deploy/images/build-tiny.sh build/images/tiny.qcow2

@@ -12,7 +12,9 @@ use ghost_domain::ports::{
 use ghost_domain::{Error, ErrorCode, Overcommit, Reserved, Result};
 use ghost_infrastructure::audit::{AuditOptions, FileAuditLog};
 use ghost_infrastructure::clock::SystemClock;
-use ghost_infrastructure::guest_link::{GuestLinkOptions, GuestProgram, VirtioGuestLinks};
+use ghost_infrastructure::guest_link::{
+    GuestLinkOptions, GuestProgram, LinkLimits, VirtioGuestLinks,
+};
 use ghost_infrastructure::host::LinuxHost;
 use ghost_infrastructure::identity::Authority;
 use ghost_infrastructure::images::{DirectoryImageCache, FileImageCatalogue, ImageCacheOptions};
@@ -72,6 +74,10 @@ pub(crate) fn adapters(config: &Config) -> Result<Adapters> {
     let guests = VirtioGuestLinks::new(GuestLinkOptions {
         program,
         telemetry_interval: Some(config.guest.telemetry_interval),
+        limits: LinkLimits {
+            hold_off: (config.guest.hold_off, config.guest.hold_off_most),
+            ..LinkLimits::default()
+        },
         ..GuestLinkOptions::new(Arc::clone(&clock))
     });
     let audit = FileAuditLog::open(AuditOptions::new(data_dir, Arc::clone(&clock)))?;

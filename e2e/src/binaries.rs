@@ -37,32 +37,41 @@ pub fn program(name: &str) -> PathBuf {
 ///
 /// # Panics
 /// Where it cannot be made.
-#[expect(clippy::panic, reason = "nothing can be tested without it")]
 pub fn guest_program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    PROGRAM.get_or_init(|| {
-        let path = std::env::var_os("GHOST_GUEST_PROGRAM")
-            .filter(|path| !path.is_empty())
-            .map_or_else(
-                || workspace().join("build/guest/ghost-guest"),
-                PathBuf::from,
-            );
-        if !path.is_file() {
-            let made = Command::new("make")
-                .args(["--no-print-directory", "guest"])
-                .current_dir(workspace())
-                .status();
-            assert!(
-                made.is_ok_and(|status| status.success()) && path.is_file(),
-                "{} cannot be made; run: make guest",
-                path.display()
-            );
-        }
-        match path.canonicalize() {
-            Ok(path) => path,
-            Err(error) => panic!("{}: {error}", path.display()),
-        }
-    })
+    PROGRAM.get_or_init(|| made("GHOST_GUEST_PROGRAM", "ghost-guest", "guest"))
+}
+
+/// What takes its place in a guest that means harm.
+///
+/// # Panics
+/// Where it cannot be made.
+pub fn hostile_program() -> &'static Path {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    PROGRAM.get_or_init(|| made("GHOST_HOSTILE_PROGRAM", "hostile-guest", "hostile"))
+}
+
+/// A static program, from where `variable` says or made by `make target`.
+#[expect(clippy::panic, reason = "nothing can be tested without it")]
+fn made(variable: &str, name: &str, target: &str) -> PathBuf {
+    let path = std::env::var_os(variable)
+        .filter(|path| !path.is_empty())
+        .map_or_else(|| workspace().join("build/guest").join(name), PathBuf::from);
+    if !path.is_file() {
+        let made = Command::new("make")
+            .args(["--no-print-directory", target])
+            .current_dir(workspace())
+            .status();
+        assert!(
+            made.is_ok_and(|status| status.success()) && path.is_file(),
+            "{} cannot be made; run: make {target}",
+            path.display()
+        );
+    }
+    match path.canonicalize() {
+        Ok(path) => path,
+        Err(error) => panic!("{}: {error}", path.display()),
+    }
 }
 
 /// The tiny guest's image.

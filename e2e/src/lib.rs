@@ -4,18 +4,18 @@
 //! Start reading at [`auditor`]: every system test ends with it. [`agent::Agent`] runs a real
 //! `ghost-agent`, [`ctl::Ctl`] a real `ghostctl`.
 //!
-//! All but the auditor and [`hostile`] is for tests and the benchmark: it panics with an explanation where the
-//! test cannot go on.
+//! All but the auditor is for tests and the benchmark: it panics with an explanation where the test
+//! cannot go on.
 
 pub mod agent;
 pub mod auditor;
 pub mod binaries;
 pub mod ctl;
 pub mod guest;
-pub mod hostile;
 pub mod http;
 pub mod libvirt;
 pub mod proxy;
 pub mod server;
+pub mod siege;
 pub mod wait;
 pub mod xml;

@@ -90,6 +90,21 @@ pub(super) fn check(
             "leave it out for 5s".into(),
         );
     }
+    let (hold_off, most) = (config.guest.hold_off, config.guest.hold_off_most);
+    if hold_off < Duration::from_millis(100) {
+        problem(
+            "guest.hold_off",
+            "a guest that breaks the protocol would cost the host without end".into(),
+            "write at least 100ms, or leave it out for 5s".into(),
+        );
+    }
+    if most < hold_off || most > Duration::from_secs(3600) {
+        problem(
+            "guest.hold_off_most",
+            "at least as long as guest.hold_off, and at most 1h".into(),
+            "leave it out for 5m".into(),
+        );
+    }
     if config.telemetry.timeout.is_zero() {
         problem(
             "telemetry.timeout",

@@ -224,6 +224,11 @@ sections! {
         telemetry_interval: key<Duration> = Duration::from_secs(5),
         /// Whether agents in guests are replaced where they are not the program of this host.
         update: key<bool> = true,
+        /// How long a guest that breaks the protocol is held off the first time; twice as long each
+        /// further time.
+        hold_off: key<Duration> = Duration::from_secs(5),
+        /// But no longer than this.
+        hold_off_most: key<Duration> = Duration::from_secs(300),
     }
 
     /// Where state is kept.

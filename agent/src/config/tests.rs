@@ -300,6 +300,15 @@ fn guests_report_neither_all_the_time_nor_never() {
             "{told}"
         );
     }
+    assert_eq!(config.hold_off, std::time::Duration::from_secs(5));
+    for (bad, about) in [
+        ("hold_off: 99ms", "guest.hold_off: "),
+        ("hold_off: 6m", "guest.hold_off_most: "),
+        ("hold_off_most: 2h", "guest.hold_off_most: "),
+    ] {
+        let told = told(&format!("guest: {{{bad}}}\n"), &[]);
+        assert!(told.contains(about), "{bad}: {told}");
+    }
     let told = told("guest: {inject: perhaps}\n", &[]);
     assert!(told.contains("none of auto, always, never"), "{told}");
 }

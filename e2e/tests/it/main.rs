@@ -17,6 +17,7 @@ mod crash_points;
 mod crash_random;
 mod debian;
 mod honesty;
+mod hostile;
 mod inside;
 mod life;
 mod pull;

@@ -20,7 +20,7 @@ use virt::domain::Domain;
 use virt::sys;
 
 use crate::report::{Budget, Figure, Report, median, ms, progress};
-use crate::{inside, thousand};
+use crate::{hostile, inside, thousand};
 
 /// Anything that stops the run.
 pub(crate) type Failure = Box<dyn std::error::Error + Send + Sync>;
@@ -64,6 +64,7 @@ pub(crate) fn run() -> Result<(), Failure> {
     agent.import_tiny();
     create_and_start(&agent, &runtime, &mut report)?;
     inside::measure(&agent, &runtime, &mut report)?;
+    hostile::measure(&mut report)?;
     thousand::measure(&mut agent, &runtime, &mut report)?;
 
     use std::io::Write as _;

@@ -6,6 +6,7 @@
 //! that the parent cleans up also after an interruption.
 
 mod figures;
+mod hostile;
 mod inside;
 mod report;
 mod thousand;

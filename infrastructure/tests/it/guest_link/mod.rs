@@ -8,7 +8,7 @@ mod life;
 mod measure;
 mod real;
 
-#[path = "../../../../e2e/src/hostile.rs"]
+#[path = "../../../../e2e/hostile/src/lib.rs"]
 #[expect(
     unreachable_pub,
     dead_code,

@@ -109,6 +109,10 @@ impl Behaviour {
     }
 }
 
+/// In a plan: the processor is used and the channel left alone. What such a guest costs the others is
+/// no fault of the host's agent, and what the behaviours are compared with.
+pub const BURN: &str = "burn";
+
 /// What drives a terminal, breaks a line, turns text around, or is longer than anything.
 pub const NASTY: &str =
     "\x1b[2J\x1b]0;owned\x07\r\n\u{202e}%n%s'; DROP TABLE vms; --\u{9b}31m<script>\0\u{fffd}";
@@ -131,23 +135,36 @@ struct Heard {
 pub fn attack(channel: File, behaviour: Behaviour, stop: &AtomicBool) -> io::Result<u64> {
     let heard = Arc::new(Mutex::new(Heard::default()));
     let gone = Arc::new(AtomicBool::new(false));
+    let instance = u64::from(std::process::id());
     let mut attacker = Attacker {
         channel: channel.try_clone()?,
         behaviour,
         heard: Arc::clone(&heard),
+        instance,
         sent: 0,
     };
     let mut reader = Listener {
         channel,
         behaviour,
         heard,
+        instance,
         gone: Arc::clone(&gone),
     };
     std::thread::spawn(move || reader.run());
     let ended = |gone: &AtomicBool| gone.load(Ordering::Relaxed) || stop.load(Ordering::Relaxed);
+    let opened = Instant::now();
+    let mut announced = false;
     while !ended(&gone) && attacker.session().is_empty() && behaviour != Behaviour::Garbage {
+        // A host that has greeted somebody before us on this connection does so again for who says
+        // that it is new.
+        if !announced && opened.elapsed() > Duration::from_millis(200) {
+            announced = true;
+            let ready = Payload::AgentReady(ready(attacker.instance));
+            attacker.write(&encode(&message(&[], &[], ready)))?;
+        }
         std::thread::sleep(Duration::from_millis(1));
     }
+    attacker.sent = 0;
     while !ended(&gone) {
         match attacker.turn() {
             Ok(()) => {}
@@ -267,6 +284,8 @@ struct Attacker {
     channel: File,
     behaviour: Behaviour,
     heard: Arc<Mutex<Heard>>,
+    /// Tells one process from another.
+    instance: u64,
     sent: u64,
 }
 
@@ -419,6 +438,7 @@ struct Listener {
     channel: File,
     behaviour: Behaviour,
     heard: Arc<Mutex<Heard>>,
+    instance: u64,
     gone: Arc<AtomicBool>,
 }
 
@@ -459,7 +479,7 @@ impl Listener {
                 let bytes = encode(&message(
                     &received.session,
                     &[],
-                    Payload::AgentReady(ready(1)),
+                    Payload::AgentReady(ready(self.instance)),
                 ));
                 self.channel.write_all(&bytes)?;
                 let mut heard = lock(&self.heard);
