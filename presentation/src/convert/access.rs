@@ -17,11 +17,23 @@ pub fn identity(principal: &Principal) -> message::Identity {
         PrincipalSource::Core { .. } => ("core", String::new()),
         PrincipalSource::Agent => ("agent", String::new()),
     };
+    let tenant = match &principal.source {
+        PrincipalSource::Core {
+            tenant: Some(tenant),
+        } => tenant.to_string(),
+        PrincipalSource::Core { tenant: None }
+        | PrincipalSource::Socket { .. }
+        | PrincipalSource::Certificate { .. }
+        | PrincipalSource::Key { .. }
+        | PrincipalSource::Agent => String::new(),
+    };
     message::Identity {
         name: principal.name.clone(),
         role: principal.role.as_str().to_owned(),
         source: source.to_owned(),
         id,
+        server: "agent".to_owned(),
+        tenant,
     }
 }
 

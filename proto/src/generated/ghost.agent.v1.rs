@@ -53,11 +53,17 @@ pub struct Identity {
     pub name: ::prost::alloc::string::String,
     #[prost(string, tag = "2")]
     pub role: ::prost::alloc::string::String,
-    /// socket, certificate or key.
+    /// socket, certificate, key, oidc (Core), or core (a call that came through Core).
     #[prost(string, tag = "3")]
     pub source: ::prost::alloc::string::String,
     #[prost(string, tag = "4")]
     pub id: ::prost::alloc::string::String,
+    /// Who answers: `agent`, or `core` for a fleet.
+    #[prost(string, tag = "5")]
+    pub server: ::prost::alloc::string::String,
+    /// The tenant that the caller is bound to at Core; empty: to none.
+    #[prost(string, tag = "6")]
+    pub tenant: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Certificate {

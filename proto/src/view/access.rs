@@ -6,17 +6,23 @@ use utoipa::ToSchema;
 use super::{filled, optional_time, time_of};
 use crate::agent::v1 as message;
 
-/// Who the caller is to the agent.
+/// Who the caller is to the agent, or to Core.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Identity {
     /// A name for people and logs.
     pub name: String,
     /// `viewer`, `operator` or `admin`.
     pub role: String,
-    /// How it was proved: `socket`, `certificate` or `key`.
+    /// How it was proved: `socket`, `certificate`, `key`, `oidc` or `core`.
     pub source: String,
     /// The credential's id; null for a peer of the socket.
     pub id: Option<String>,
+    /// Who answered: `agent`, or `core` for a whole fleet; null from older agents.
+    #[serde(default)]
+    pub server: Option<String>,
+    /// The tenant that the caller is bound to at Core; null: to none.
+    #[serde(default)]
+    pub tenant: Option<String>,
 }
 
 impl From<message::Identity> for Identity {
@@ -26,6 +32,8 @@ impl From<message::Identity> for Identity {
             role: identity.role,
             source: identity.source,
             id: filled(identity.id),
+            server: filled(identity.server),
+            tenant: filled(identity.tenant),
         }
     }
 }

@@ -30,7 +30,7 @@ impl From<message::Resources> for Resources {
 }
 
 impl Resources {
-    fn less(self, other: Self) -> Self {
+    pub(super) fn less(self, other: Self) -> Self {
         Self {
             cpus: self.cpus.saturating_sub(other.cpus),
             memory_bytes: self.memory_bytes.saturating_sub(other.memory_bytes),

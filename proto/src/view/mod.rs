@@ -13,6 +13,7 @@
 
 mod access;
 mod error;
+mod fleet;
 mod guest;
 mod host;
 mod image;
@@ -21,6 +22,11 @@ mod vm;
 
 pub use access::{ApiKey, Certificate, CreatedKey, Identity, JoinToken};
 pub use error::{ErrorBody, ErrorDetail, FieldViolation};
+pub use fleet::{
+    CommandStatus, CreatedFleetKey, FleetAuditEntry, FleetCapacity, FleetCommand, FleetFacts,
+    FleetHealth, FleetHost, FleetKey, FleetLink, FleetQuota, FleetReplica, FleetStatus, FleetStore,
+    FleetToken, FleetUsage, FleetUser, FleetVm, Placement, RejectedHost, Tenant,
+};
 pub use guest::{
     AuditEntry, AuditVerdict, GuestCloudInit, GuestFile, GuestFilesystem, GuestFreeze,
     GuestHistory, GuestInterface, GuestLayer, GuestPing, GuestSample, GuestStatus, GuestTelemetry,

@@ -326,7 +326,7 @@ fn the_other_views_have_stable_keys() {
         ),
         (
             json_of(Identity::from(message::Identity::default())),
-            "name role source id",
+            "name role source id server tenant",
         ),
         (
             json_of(ErrorDetail {

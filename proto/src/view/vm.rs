@@ -103,7 +103,7 @@ impl DesiredState {
         }
     }
 
-    fn from_message(state: message::DesiredState) -> Option<Self> {
+    pub(super) fn from_message(state: message::DesiredState) -> Option<Self> {
         match state {
             message::DesiredState::Unspecified => None,
             message::DesiredState::Running => Some(Self::Running),
