@@ -2,6 +2,7 @@
 
 pub mod audit;
 pub mod clock;
+pub mod config;
 pub mod guest_link;
 pub mod host;
 pub mod identity;

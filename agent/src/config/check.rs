@@ -1,25 +1,16 @@
 //! Rules between keys. What depends on the host (ports taken, folders that cannot be made, more
 //! reserved than there is) is not judged here: a configuration is right or wrong by itself.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::{Config, Listen, Origin, Problem};
+use ghost_infrastructure::config::Judge;
+
+use super::Config;
 
 /// Adds a problem for every broken rule.
-pub(super) fn check(
-    config: &Config,
-    origins: &BTreeMap<String, Origin>,
-    problems: &mut Vec<Problem>,
-) {
-    let mut problem = |path: &str, message: String, hint: String| {
-        problems.push(Problem {
-            origin: origins.get(path).cloned().unwrap_or(Origin::Default),
-            path: path.into(),
-            message,
-            hint: Some(hint),
-        });
-    };
+pub(super) fn check(config: &Config, judge: &mut Judge<'_>) {
+    let mut problem =
+        |path: &str, message: String, hint: String| judge.problem(path, message, hint);
 
     let open = "it listens beyond this host without TLS";
     if !config.grpc.listen.is_loopback() && !config.grpc.tls && !config.grpc.insecure {
@@ -42,23 +33,6 @@ pub(super) fn check(
             open.into(),
             "listen on 127.0.0.1, or accept that with metrics.insecure: true".into(),
         );
-    }
-
-    let listeners = [
-        ("grpc.listen", config.grpc.listen),
-        ("http.listen", config.http.listen),
-        ("metrics.listen", config.metrics.listen),
-    ];
-    for (at, (path, listen)) in listeners.iter().enumerate() {
-        for (other_path, other) in listeners.iter().take(at) {
-            if collide(*listen, *other) {
-                problem(
-                    path,
-                    format!("{other_path} listens on the same port"),
-                    "choose another port for one of them".into(),
-                );
-            }
-        }
     }
 
     if config.libvirt.workers == 0 || config.libvirt.workers > 64 {
@@ -112,18 +86,9 @@ pub(super) fn check(
             "write for example 5s".into(),
         );
     }
-}
-
-/// Whether two listeners want the same port of the same address.
-fn collide(one: Listen, other: Listen) -> bool {
-    match (one.address(), other.address()) {
-        (Some(one), Some(other)) => {
-            one.port() != 0
-                && one.port() == other.port()
-                && (one.ip() == other.ip()
-                    || one.ip().is_unspecified()
-                    || other.ip().is_unspecified())
-        }
-        _ => false,
-    }
+    judge.listeners(&[
+        ("grpc.listen", config.grpc.listen),
+        ("http.listen", config.http.listen),
+        ("metrics.listen", config.metrics.listen),
+    ]);
 }

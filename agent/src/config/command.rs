@@ -3,9 +3,9 @@
 use std::io::Write;
 use std::path::PathBuf;
 
-use super::schema::{Visitor, environment_name};
-use super::value::Leaf;
-use super::{Config, DEFAULT_FILE, EXIT_CONFIG, Loaded, Origin, load};
+use ghost_infrastructure::config::show;
+
+use super::{DEFAULT_FILE, EXIT_CONFIG, load};
 
 /// What to do with the configuration.
 #[derive(Clone, Debug, clap::Subcommand)]
@@ -55,69 +55,17 @@ pub(crate) fn execute(
     match command {
         Command::Check { file } => writeln!(out, "{}: ok", file.display())?,
         Command::Show { environment, .. } => {
-            out.write_all(show(loaded, *environment).as_bytes())?
+            out.write_all(show(&loaded, *environment).as_bytes())?
         }
     }
     Ok(0)
 }
 
-fn show(loaded: Loaded, environment: bool) -> String {
-    struct Writer {
-        loaded: Loaded,
-        environment: bool,
-        out: String,
-    }
-
-    impl Writer {
-        fn line(&mut self, path: &str, value: &str, comment: &str) {
-            let depth = path.matches('.').count();
-            let key = path.rsplit('.').next().unwrap_or(path);
-            let text = format!("{:indent$}{key}:{value}", "", indent = depth * 2);
-            if comment.is_empty() {
-                self.out.push_str(&text);
-            } else {
-                self.out.push_str(&format!("{text:<48}  # {comment}"));
-            }
-            self.out.push('\n');
-        }
-    }
-
-    impl Visitor for Writer {
-        fn section(&mut self, path: &str) {
-            self.line(path, "", "");
-        }
-
-        fn leaf(&mut self, path: &str, value: &mut dyn Leaf) {
-            let comment = if self.environment {
-                environment_name(path)
-            } else {
-                match (self.loaded.origins.get(path), &self.loaded.file) {
-                    (Some(Origin::File { line, .. }), Some(file)) => {
-                        format!("{}:{line}", file.display())
-                    }
-                    (Some(Origin::Environment(name)), _) => name.clone(),
-                    _ => "default".into(),
-                }
-            };
-            let shown = format!(" {}", value.show());
-            self.line(path, &shown, &comment);
-        }
-    }
-
-    let mut config: Config = loaded.config.clone();
-    let mut writer = Writer {
-        loaded,
-        environment,
-        out: String::new(),
-    };
-    config.visit(&mut writer);
-    writer.out
-}
-
 #[cfg(test)]
 mod tests {
-    use super::super::load_from;
+    use super::super::Config;
     use super::*;
+    use ghost_infrastructure::config::load_from;
     use std::collections::BTreeMap;
     use std::path::Path;
 
@@ -125,8 +73,8 @@ mod tests {
     fn what_is_shown_is_the_same_configuration_with_its_origins() {
         let text = "grpc:\n  listen: 127.0.0.1:1\nagent:\n  name: \"12\"\n";
         let environment = BTreeMap::from([("GHOST_STORE__ENGINE".to_owned(), "redb".to_owned())]);
-        let loaded = load_from(Some((Path::new("/x.yaml"), text)), environment).unwrap();
-        let shown = show(loaded.clone(), false);
+        let loaded = load_from::<Config>(Some((Path::new("/x.yaml"), text)), environment).unwrap();
+        let shown = show(&loaded, false);
         assert!(shown.contains("  listen: 127.0.0.1:1"), "{shown}");
         let line = |key: &str| {
             shown
@@ -141,8 +89,9 @@ mod tests {
         );
         assert!(shown.contains("    cpus: 4.0 "), "{shown}");
         assert!(line("data_dir:").ends_with("# default"), "{shown}");
-        let again = load_from(Some((Path::new("/x.yaml"), &shown)), BTreeMap::new()).unwrap();
+        let again =
+            load_from::<Config>(Some((Path::new("/x.yaml"), &shown)), BTreeMap::new()).unwrap();
         assert_eq!(again.config, loaded.config);
-        assert!(show(loaded, true).contains("# GHOST_RESOURCES__RESERVED__CPUS"));
+        assert!(show(&loaded, true).contains("# GHOST_RESOURCES__RESERVED__CPUS"));
     }
 }

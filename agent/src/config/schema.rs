@@ -12,70 +12,15 @@ use ghost_infrastructure::libvirt::AcceleratorChoice;
 use ghost_infrastructure::store::Engine;
 use ghost_infrastructure::telemetry::LogFormat;
 
-use super::value::{
-    AgentName, Endpoint, Fraction, FullPath, HypervisorUri, Leaf, LibvirtNetwork, Listen, LogLevel,
-    Ratio, ServerNames, SocketPath,
+use ghost_infrastructure::config::{
+    Endpoint, Fraction, FullPath, Judge, Listen, LogLevel, Name, Program, Ratio, Schema,
+    ServerNames, SocketPath, Visitor,
 };
+use ghost_infrastructure::config_sections;
 
-/// Walks over the keys.
-pub(super) trait Visitor {
-    /// A section begins.
-    fn section(&mut self, path: &str);
-    /// A key with a value.
-    fn leaf(&mut self, path: &str, value: &mut dyn Leaf);
-}
+use super::value::{HypervisorUri, LibvirtNetwork};
 
-/// A section, or a value: anything that stands under a key.
-pub(super) trait Part {
-    fn visit(&mut self, path: &str, visitor: &mut dyn Visitor);
-}
-
-impl<T: Leaf> Part for T {
-    fn visit(&mut self, path: &str, visitor: &mut dyn Visitor) {
-        visitor.leaf(path, self);
-    }
-}
-
-macro_rules! sections {
-    ($($(#[$doc:meta])* $name:ident {
-        $($(#[$field_doc:meta])* $field:ident: $kind:ident<$type:ty> = $default:expr,)*
-    })*) => {$(
-        $(#[$doc])*
-        #[derive(Clone, Debug, PartialEq)]
-        pub(crate) struct $name {
-            $($(#[$field_doc])* pub(crate) $field: $type,)*
-        }
-
-        impl Default for $name {
-            fn default() -> Self {
-                Self { $($field: $default,)* }
-            }
-        }
-
-        impl $name {
-            #[allow(unused_variables, reason = "a section may have no keys yet")]
-            fn walk(&mut self, path: &str, visitor: &mut dyn Visitor) {
-                $(
-                    let below = if path.is_empty() {
-                        stringify!($field).to_owned()
-                    } else {
-                        format!("{path}.{}", stringify!($field))
-                    };
-                    sections!(@visit $kind, self.$field, &below, visitor);
-                )*
-            }
-        }
-    )*};
-    (@visit section, $field:expr, $path:expr, $visitor:expr) => {
-        $visitor.section($path);
-        $field.walk($path, $visitor);
-    };
-    (@visit key, $field:expr, $path:expr, $visitor:expr) => {
-        $field.visit($path, $visitor);
-    };
-}
-
-sections! {
+config_sections! {
     /// The whole configuration.
     Config {
         /// See [`Agent`].
@@ -109,7 +54,7 @@ sections! {
     /// The agent itself.
     Agent {
         /// What it is called; the host's name where it is left out.
-        name: key<Option<AgentName>> = None,
+        name: key<Option<Name>> = None,
         /// Where state, images and VMs lie.
         data_dir: key<FullPath> = FullPath::new("/var/lib/ghost"),
     }
@@ -262,14 +207,19 @@ fn loopback(port: u16) -> Listen {
     Listen::At((std::net::Ipv4Addr::LOCALHOST, port).into())
 }
 
-impl Config {
-    /// Visits every section and key, in the order of the file.
-    pub(super) fn visit(&mut self, visitor: &mut dyn Visitor) {
+impl Schema for Config {
+    const PROGRAM: Program = Program {
+        name: "ghost-agent",
+        default_file: super::DEFAULT_FILE,
+        example: "configs/agent.yaml",
+        prefix: "GHOST_",
+    };
+
+    fn visit(&mut self, visitor: &mut dyn Visitor) {
         self.walk("", visitor);
     }
-}
 
-/// The environment's name of a key: `GHOST_GRPC__LISTEN` for `grpc.listen`.
-pub(super) fn environment_name(path: &str) -> String {
-    format!("GHOST_{}", path.replace('.', "__").to_ascii_uppercase())
+    fn check(&self, judge: &mut Judge<'_>) {
+        super::check::check(self, judge);
+    }
 }

@@ -1,4 +1,7 @@
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use ghost_infrastructure::config::{Known, Leaf, Origin, Schema, Visitor, load_from};
 
 use super::*;
 
@@ -23,9 +26,7 @@ fn told(text: &str, environment: &[(&str, &str)]) -> String {
 }
 
 fn known() -> Known {
-    let mut known = Known::default();
-    Config::default().visit(&mut known);
-    known
+    Known::of::<Config>()
 }
 
 #[test]
@@ -103,7 +104,7 @@ fn every_key_can_be_set_from_the_environment() {
     Config::default().visit(&mut shown);
     assert!(shown.0.len() > 30);
     for (path, text) in &shown.0 {
-        let name = environment_name(path);
+        let name = Config::PROGRAM.variable(path);
         assert!(
             name.bytes().all(|b| b.is_ascii_uppercase() || b == b'_'),
             "{name}"
@@ -264,15 +265,6 @@ fn a_named_file_must_be_there() {
     let folder = tempfile::tempdir().unwrap();
     let faults = load(Some(&folder.path().join("none.yaml"))).unwrap_err();
     assert!(faults.to_string().contains("cannot be read"), "{faults}");
-}
-
-#[test]
-fn slips_are_found_and_strangers_are_not() {
-    assert_eq!(nearest("listn", ["listen", "socket"]), Some("listen"));
-    assert_eq!(nearest("data-dir", ["name", "data_dir"]), Some("data_dir"));
-    assert_eq!(nearest("x", ["listen", "socket"]), None);
-    assert_eq!(distance("kitten", "sitting"), 3);
-    assert_eq!(distance("nmae", "name"), 1);
 }
 
 proptest::proptest! {

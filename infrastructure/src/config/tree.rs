@@ -8,9 +8,11 @@ use serde_saphyr::{Location, Spanned};
 
 /// A place in the file; both count from 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Place {
-    pub(super) line: u64,
-    pub(super) column: u64,
+pub struct Place {
+    /// The line.
+    pub line: u64,
+    /// The column.
+    pub column: u64,
 }
 
 impl From<Location> for Place {
@@ -24,7 +26,7 @@ impl From<Location> for Place {
 
 /// A value of the document.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) enum Node {
+pub enum Node {
     /// Nothing stands there, or `null`.
     Null,
     /// `true` or `false`.
@@ -41,16 +43,20 @@ pub(super) enum Node {
 
 /// A key with its value.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Entry {
-    pub(super) key: String,
-    pub(super) at: Place,
-    pub(super) value: Node,
-    pub(super) value_at: Place,
+pub struct Entry {
+    /// The key.
+    pub key: String,
+    /// Where the key stands.
+    pub at: Place,
+    /// The value.
+    pub value: Node,
+    /// Where the value stands.
+    pub value_at: Place,
 }
 
 impl Node {
     /// What it is, for people.
-    pub(super) const fn kind(&self) -> &'static str {
+    pub const fn kind(&self) -> &'static str {
         match self {
             Self::Null => "nothing",
             Self::Bool(_) => "true or false",
@@ -62,7 +68,7 @@ impl Node {
     }
 
     /// The text of a scalar.
-    pub(super) fn scalar(&self) -> Option<String> {
+    pub fn scalar(&self) -> Option<String> {
         match self {
             Self::Bool(value) => Some(value.to_string()),
             Self::Number(text) | Self::Text(text) => Some(text.clone()),
