@@ -9,7 +9,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ghost_proto::guest::frame::{Decoder, Found};
+use ghost_proto::guest::frame::{self, Decoder, Found};
 use ghost_proto::guest::v1::agent_message::Payload;
 use ghost_proto::guest::v1::{AgentMessage, AgentReady, Hello, Pong, Telemetry, shutdown_request};
 use ghost_proto::guest::{NEWEST_VERSION, OLDEST_VERSION};
@@ -36,6 +36,10 @@ const _: () = assert!(NEWEST_VERSION <= OLDEST_VERSION + 2);
 const TOGETHER: Duration = Duration::from_millis(2);
 /// How often a port without a host is looked at, besides its edges.
 const PORT_LOOK: Duration = Duration::from_secs(1);
+/// Room for one read. The port gives a page at a time, a socket as much as there is.
+const ROOM: usize = 64 * 1024;
+/// With less room in an empty buffer a new one is had; within a frame, room for its rest is there.
+const LEAST_ROOM: usize = 4096;
 /// Bytes taken from the channel before calls get their turn.
 const MOST_READ: usize = 512 * 1024;
 
@@ -290,7 +294,7 @@ impl<'a> Engine<'a> {
         }
         let mut taken = 0;
         while self.readable && taken < MOST_READ && !self.outbox.is_flooded() {
-            match rustix::io::read(self.channel, &mut self.scratch[..]) {
+            match self.receive() {
                 Ok(0) if self.channel.is_port() => {
                     self.readable = false;
                     if self.attached {
@@ -304,7 +308,6 @@ impl<'a> Engine<'a> {
                 Ok(read) => {
                     self.attach();
                     taken += read;
-                    self.decoder.push(&self.scratch[..read]);
                     self.frames();
                 }
                 Err(Errno::AGAIN) => {
@@ -319,6 +322,21 @@ impl<'a> Engine<'a> {
             }
         }
         Ok(true)
+    }
+
+    /// Reads into the decoder itself: a copy of every byte less.
+    fn receive(&mut self) -> Result<usize, Errno> {
+        let buffer = self.decoder.buffer();
+        let room = buffer.capacity() - buffer.len();
+        if room == 0 || (buffer.is_empty() && room < LEAST_ROOM) {
+            buffer.reserve(ROOM);
+        }
+        let read = rustix::io::read(self.channel, buffer.spare_capacity_mut())?
+            .0
+            .len();
+        // SAFETY: the kernel has filled so many bytes behind the buffer's end, within its capacity.
+        unsafe { buffer.set_len(buffer.len() + read) };
+        Ok(read)
     }
 
     fn attach(&mut self) {
@@ -423,6 +441,8 @@ impl<'a> Engine<'a> {
             self.allowed.clear();
         }
         self.session = Some(session);
+        self.outbox
+            .speak_bulk(version.is_some_and(|version| version >= frame::BULK_VERSION));
         self.outbox.control(Vec::new(), Payload::AgentReady(ready));
         let interval = hello
             .telemetry_interval

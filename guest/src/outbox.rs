@@ -33,12 +33,19 @@ pub(crate) struct Outbox {
     /// Calls with something to send, in turn.
     ring: VecDeque<u32>,
     wire: BytesMut,
+    /// The host knows bulk frames.
+    bulk: bool,
 }
 
 impl Outbox {
     pub(crate) fn control(&mut self, id: Vec<u8>, payload: Payload) {
         self.control_bytes += weight(&payload);
         self.control.push_back((id, payload));
+    }
+
+    /// Whether this session's host knows bulk frames; not after [`Outbox::clear`].
+    pub(crate) fn speak_bulk(&mut self, bulk: bool) {
+        self.bulk = bulk;
     }
 
     /// Whether the host sends requests without reading answers.
@@ -112,7 +119,12 @@ impl Outbox {
                 session: session.to_vec(),
                 payload: Some(payload),
             };
-            if let Err(error) = frame::encode(&message, &mut self.wire) {
+            let encoded = if self.bulk {
+                frame::encode_bulk(message, &mut self.wire)
+            } else {
+                frame::encode(&message, &mut self.wire)
+            };
+            if let Err(error) = encoded {
                 // All that is made here is bounded well below a frame.
                 say!("not sent: {error}");
             }

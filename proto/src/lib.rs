@@ -65,8 +65,8 @@ pub mod guest {
 
     /// The oldest protocol version that this release speaks.
     pub const OLDEST_VERSION: u32 = 1;
-    /// The newest.
-    pub const NEWEST_VERSION: u32 = 1;
+    /// The newest. 2 has bulk frames, see [`frame`].
+    pub const NEWEST_VERSION: u32 = 2;
     /// The name of the virtio-serial port, in the domain and in the guest.
     pub const PORT_NAME: &str = "org.ghost.agent.0";
     /// How many bytes of one stream of a call may be under way without a grant.

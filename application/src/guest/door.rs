@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ghost_domain::guest::{AuditRecord, GuestLinkStatus, Lockdown};
-use ghost_domain::ports::{AuditLog, GuestProgramFile};
+use ghost_domain::ports::{AuditLog, AuditReceipt, GuestProgramFile};
 use ghost_domain::vm::ObservedPower;
 use ghost_domain::{Error, ErrorCode, Monotonic, Principal, Result, Role, VmId};
 use parking_lot::Mutex;
@@ -83,6 +83,8 @@ pub(crate) struct Visit {
     pub(crate) vm: VmId,
     door: Arc<Door>,
     record: AuditRecord,
+    /// The line that it begins may not be on the disk yet.
+    receipt: Option<AuditReceipt>,
     began: Monotonic,
     ended: bool,
     _open: TaskTrackerToken,
@@ -96,6 +98,27 @@ impl Door {
     /// `VmNotRunning`, `GuestUnreachable`, in this order; and those of the audit log: what cannot
     /// be logged does not happen.
     pub(crate) async fn enter(
+        self: &Arc<Self>,
+        principal: &Principal,
+        target: &GuestTarget,
+        action: &'static str,
+        detail: String,
+    ) -> Result<Visit> {
+        let mut visit = self.enter_early(principal, target, action, detail).await?;
+        match visit.logged().await {
+            Ok(()) => Ok(visit),
+            Err(error) => {
+                // Nothing has begun, and no line can be written about that.
+                visit.ended = true;
+                Err(error)
+            }
+        }
+    }
+
+    /// As [`Door::enter`], but while the line is in the log, it may not be on the disk yet. Nothing
+    /// of what comes of the call may be told before [`Visit::logged`]: a power cut that takes the
+    /// line takes the guest too, and then nobody was told anything.
+    pub(crate) async fn enter_early(
         self: &Arc<Self>,
         principal: &Principal,
         target: &GuestTarget,
@@ -143,12 +166,13 @@ impl Door {
             }
         };
         let began = self.registry.clock().monotonic();
-        self.write(AuditRecord {
+        let begun = AuditRecord {
             outcome: "begun".into(),
             ..record.clone()
-        })
-        .await?;
+        };
+        let receipt = self.ports.audit.begin(begun).await;
         let visit = Visit {
+            receipt: Some(receipt.map_err(|error| unlogged(&error))?),
             vm,
             door: Arc::clone(self),
             record,
@@ -199,12 +223,7 @@ impl Door {
     pub(super) async fn write(&self, record: AuditRecord) -> Result<()> {
         match self.ports.audit.append(record).await {
             Ok(_) => Ok(()),
-            Err(error) => Err(Error::new(
-                error.code(),
-                "the audit log cannot be written, and what it does not hold is not done",
-            )
-            .because(&error)
-            .hint("make room where the agent keeps its state; ghostctl status tells more")),
+            Err(error) => Err(unlogged(&error)),
         }
     }
 
@@ -282,7 +301,31 @@ fn write_later(tasks: &TaskTracker, audit: &Arc<dyn AuditLog>, record: AuditReco
     );
 }
 
+fn unlogged(error: &Error) -> Error {
+    Error::new(
+        error.code(),
+        "the audit log cannot be written, and what it does not hold is not done",
+    )
+    .because(error)
+    .hint("make room where the agent keeps its state; ghostctl status tells more")
+}
+
 impl Visit {
+    /// Waits until the line that the call begins would survive a power cut.
+    ///
+    /// # Errors
+    /// Those of the audit log: what was begun is to be ended.
+    pub(crate) async fn logged(&mut self) -> Result<()> {
+        match &mut self.receipt {
+            None => Ok(()),
+            Some(receipt) => {
+                let outcome = receipt.await;
+                self.receipt = None;
+                outcome.map(drop).map_err(|error| unlogged(&error))
+            }
+        }
+    }
+
     /// What the call did, as the link answered; for calls that are over with it.
     pub(crate) fn settle<T>(self, outcome: Result<T>) -> Result<T> {
         match outcome {

@@ -39,11 +39,17 @@ impl ExecInGuest {
             GuestProgram::LoginShell => "the login shell".to_owned(),
             GuestProgram::Command { program, .. } => format!("{program:?}"),
         };
-        let visit = self
+        let mut visit = self
             .door
-            .enter(principal, target, action, detail::exec(&request))
+            .enter_early(principal, target, action, detail::exec(&request))
             .await?;
-        let session = match self.door.ports.guests.execute(visit.vm, request).await {
+        let started = self.door.ports.guests.execute(visit.vm, request).await;
+        // The disk was given the line while the guest started the program, which costs as long.
+        // Where that failed, the program is ended by dropping its session.
+        if let Err(error) = visit.logged().await {
+            return Err(visit.fail(error));
+        }
+        let session = match started {
             Ok(session) => session,
             Err(error) => return Err(visit.fail(error)),
         };

@@ -1,6 +1,7 @@
 //! The way into guests: the channel to each VM's agent, and the log of what was done there.
 
 use std::path::Path;
+use std::pin::Pin;
 
 use async_trait::async_trait;
 
@@ -225,6 +226,9 @@ pub struct GuestProgramFile {
     pub size: u64,
 }
 
+/// Resolves once an entry of the audit log would survive a power cut.
+pub type AuditReceipt = Pin<Box<dyn Future<Output = Result<AuditEntry>> + Send>>;
+
 /// The append-only log of what was done in guests, each entry chained to the one before.
 #[cfg_attr(feature = "mocks", mockall::automock)]
 #[async_trait]
@@ -234,6 +238,14 @@ pub trait AuditLog: Send + Sync {
     /// # Errors
     /// `IoFailed`, `DiskFull`. Callers refuse what they cannot log.
     async fn append(&self, record: AuditRecord) -> Result<AuditEntry>;
+
+    /// Appends, and returns once the entry is in the log, where nothing but a power cut of this host
+    /// takes it away; the receipt tells when a power cut does not either. In between, what is logged
+    /// may be begun, but nothing that came of it may be told: guests lose power with their host.
+    ///
+    /// # Errors
+    /// As [`AuditLog::append`], also from the receipt.
+    async fn begin(&self, record: AuditRecord) -> Result<AuditReceipt>;
 
     /// The newest `limit` entries that concern `vm` (an id; all with `None`) since `since`, oldest
     /// first.

@@ -24,7 +24,7 @@ pub use access::{CertificateAuthority, IssuedCertificate};
 pub use clock::Clock;
 pub use fleet::{CoreLink, CoreLinkHandler};
 pub use guest::{
-    AuditLog, ExecEvent, ExecInput, ExecOutput, ExecSession, GuestEvent, GuestEvents,
+    AuditLog, AuditReceipt, ExecEvent, ExecInput, ExecOutput, ExecSession, GuestEvent, GuestEvents,
     GuestFileReader, GuestFileWriter, GuestLinks, GuestProgramFile,
 };
 pub use host::{HostFacts, HostProbe, HostUsage};

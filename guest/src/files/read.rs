@@ -64,9 +64,9 @@ pub(crate) fn read(
         let most = usize::try_from(left)
             .unwrap_or(usize::MAX)
             .min(port.room()?);
-        let mut buffer = vec![0; most];
+        let mut buffer = Vec::with_capacity(most);
         let read = loop {
-            match rustix::io::pread(&file, &mut buffer[..], offset) {
+            match rustix::io::pread(&file, rustix::buffer::spare_capacity(&mut buffer), offset) {
                 Err(Errno::INTR) => {}
                 other => break other.map_err(said)?,
             }
@@ -74,7 +74,6 @@ pub(crate) fn read(
         if read == 0 {
             break;
         }
-        buffer.truncate(read);
         hash.write(&buffer);
         sent += read as u64;
         offset += read as u64;

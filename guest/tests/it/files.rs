@@ -10,7 +10,7 @@ use ghost_proto::guest::v1::{
     Cancel, FileAttributes, FileKind, FileListRequest, FileReadRequest, FileStatRequest,
     FileWriteRequest, MakeDirectoryRequest, Stream, file_read_response, file_write_response,
 };
-use ghost_proto::guest::{INITIAL_WINDOW, MOST_STREAM_DATA};
+use ghost_proto::guest::{INITIAL_WINDOW, MOST_STREAM_DATA, NEWEST_VERSION};
 use prost_types::Timestamp;
 use twox_hash::XxHash3_128;
 
@@ -178,6 +178,29 @@ fn a_file_comes_and_goes_unchanged() {
     write(&mut host, piped, b"from a pipe");
     assert_eq!(fs::read(&empty).unwrap(), b"from a pipe");
     assert_eq!(names(root.path()), ["a", "empty"]);
+}
+
+/// A host of the protocol's first version is served as ever, and never sent what it does not know.
+#[test]
+fn files_travel_within_the_checksum_where_the_host_knows_no_other_way() {
+    let root = tempfile::tempdir().unwrap();
+    let path = root.path().join("old");
+    let bytes = content(300_000);
+    let mut bulk = Vec::new();
+    for version in [1, NEWEST_VERSION] {
+        let mut host = host(root.path());
+        host.version = version;
+        assert_eq!(host.hello(None).protocol_version, version);
+        let written = write(&mut host, request(&path, &bytes), &bytes);
+        assert!(
+            matches!(written, Payload::FileWriteResponse(_)),
+            "{written:?}"
+        );
+        assert_eq!(read(&mut host, &path, 0, 0).unwrap(), bytes);
+        bulk.push(host.bulk);
+    }
+    assert_eq!(bulk[0], 0);
+    assert!(bulk[1] >= 300_000 / MOST_STREAM_DATA, "{bulk:?}");
 }
 
 #[test]

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use ghost_guest::{Channel, End, Options, serve};
+use ghost_proto::guest::NEWEST_VERSION;
 use ghost_proto::guest::frame::{self, Decoder, Found};
 use ghost_proto::guest::v1::agent_message::Payload;
 use ghost_proto::guest::v1::execute_response::{Event, Exited};
@@ -30,6 +31,10 @@ pub(crate) struct Host {
     pub(crate) stream: UnixStream,
     decoder: Decoder,
     pub(crate) session: Vec<u8>,
+    /// The newest version of the protocol that this host speaks.
+    pub(crate) version: u32,
+    /// Bulk frames that the agent has sent.
+    pub(crate) bulk: usize,
     inbox: VecDeque<AgentMessage>,
     agent: Option<JoinHandle<std::io::Result<End>>>,
 }
@@ -70,6 +75,8 @@ impl Host {
             stream,
             decoder: Decoder::new(),
             session: Vec::new(),
+            version: NEWEST_VERSION,
+            bulk: 0,
             inbox: VecDeque::new(),
             agent: None,
         }
@@ -81,7 +88,7 @@ impl Host {
             &[],
             Payload::Hello(Hello {
                 oldest_version: 1,
-                newest_version: 1,
+                newest_version: self.version,
                 host_version: "test".into(),
                 telemetry_interval: interval.map(|time| prost_types::Duration {
                     seconds: i64::try_from(time.as_secs()).unwrap(),
@@ -111,7 +118,11 @@ impl Host {
             payload: Some(payload),
             timestamp: None,
         };
-        frame::encode(&message, &mut out).unwrap();
+        if self.version >= frame::BULK_VERSION {
+            frame::encode_bulk(message, &mut out).unwrap();
+        } else {
+            frame::encode(&message, &mut out).unwrap();
+        }
         self.stream.write_all(&out).unwrap();
     }
 
@@ -130,7 +141,12 @@ impl Host {
         let mut buffer = vec![0; 256 * 1024];
         loop {
             let before = self.inbox.len();
-            while let Some(found) = self.decoder.next() {
+            loop {
+                let bulk = self.decoder.buffer().starts_with(&frame::BULK_MAGIC);
+                let Some(found) = self.decoder.next() else {
+                    break;
+                };
+                self.bulk += usize::from(bulk);
                 match found {
                     Found::Message(message) => self.inbox.push_back(*message),
                     other => panic!("the agent sends what is no message: {other:?}"),

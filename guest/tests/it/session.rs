@@ -15,7 +15,7 @@ use crate::host::{Host, code, sh, unique};
 fn the_agent_presents_itself() {
     let mut host = Host::silent(Options::default());
     let ready = host.hello(None);
-    assert_eq!(ready.protocol_version, 1);
+    assert_eq!(ready.protocol_version, ghost_proto::guest::NEWEST_VERSION);
     assert_eq!(ready.agent_version, ghost_guest::VERSION);
     assert_eq!((ready.instance.len(), ready.boot_id.len()), (16, 36));
     assert!(ready.capabilities.contains(&"exec".into()));
@@ -123,7 +123,7 @@ fn garbage_and_lying_lengths_cost_nothing_but_themselves() {
     assert!(matches!(pong, Payload::Pong(_)));
     host.session = Vec::new();
     let ready = host.hello(Some(Duration::from_millis(200)));
-    assert!(ready.protocol_version == 1);
+    assert_eq!(ready.protocol_version, host.version);
     let report = host.take(|message| matches!(message.payload, Some(Payload::Telemetry(_))));
     let Some(Payload::Telemetry(report)) = report.payload else {
         panic!("no report");

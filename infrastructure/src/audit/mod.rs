@@ -21,13 +21,13 @@ use std::sync::mpsc::{SyncSender, TrySendError};
 
 use async_trait::async_trait;
 use ghost_domain::guest::{AuditEntry, AuditRecord, AuditVerdict};
-use ghost_domain::ports::{AuditLog, Clock};
+use ghost_domain::ports::{AuditLog, AuditReceipt, Clock};
 use ghost_domain::{Error, ErrorCode, Result, Timestamp, VmId};
 use tokio::sync::oneshot;
 
 use crate::images::files::{Cancellation, blocking_long, io_error};
 use files::{Folder, Mark, Note};
-use writer::{Command, Extent, Writer};
+use writer::{Append, Command, Extent, Writer};
 
 /// Entries that wait for the writer; more means that the disk hangs.
 const MOST_WAITING: usize = 1024;
@@ -99,8 +99,13 @@ impl FileAuditLog {
         command: impl FnOnce(oneshot::Sender<Result<T>>) -> Command,
     ) -> Result<T> {
         let (reply, answer) = oneshot::channel();
+        self.send(command(reply))?;
+        answer.await.map_err(|_| gone())?
+    }
+
+    fn send(&self, command: Command) -> Result<()> {
         self.commands
-            .try_send(command(reply))
+            .try_send(command)
             .map_err(|error| match error {
                 TrySendError::Full(_) => Error::new(
                     ErrorCode::TooManyRequests,
@@ -108,8 +113,7 @@ impl FileAuditLog {
                 )
                 .hint("look at the disks of the host: dmesg, and ghost-agent doctor"),
                 TrySendError::Disconnected(_) => gone(),
-            })?;
-        answer.await.map_err(|_| gone())?
+            })
     }
 }
 
@@ -120,7 +124,33 @@ fn gone() -> Error {
 #[async_trait]
 impl AuditLog for FileAuditLog {
     async fn append(&self, record: AuditRecord) -> Result<AuditEntry> {
-        self.ask(|reply| Command::Append(record, reply)).await
+        self.ask(|synced| {
+            Command::Append(Append {
+                record,
+                written: None,
+                synced,
+            })
+        })
+        .await
+    }
+
+    async fn begin(&self, record: AuditRecord) -> Result<AuditReceipt> {
+        let (synced, durable) = oneshot::channel();
+        let (written, wrote) = oneshot::channel();
+        self.send(Command::Append(Append {
+            record,
+            written: Some(written),
+            synced,
+        }))?;
+        let receipt: AuditReceipt = Box::pin(async move { durable.await.map_err(|_| gone())? });
+        match wrote.await {
+            Ok(()) => Ok(receipt),
+            // It never came to the file: the receipt says why.
+            Err(_) => match receipt.await {
+                Ok(_) => Err(gone()),
+                Err(error) => Err(error),
+            },
+        }
     }
 
     async fn list(

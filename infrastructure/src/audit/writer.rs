@@ -1,4 +1,4 @@
-//! The one thread that appends. Entries that wait together share one sync.
+//! The one thread that appends. Entries that wait together share one write and one sync.
 
 use std::fs::File;
 use std::io;
@@ -19,9 +19,18 @@ use crate::images::files::io_error;
 const MOST_TOGETHER: usize = 256;
 
 pub(super) enum Command {
-    Append(AuditRecord, oneshot::Sender<Result<AuditEntry>>),
+    Append(Append),
     /// Where the log ends now.
     Extent(oneshot::Sender<Result<Extent>>),
+}
+
+/// An entry to be.
+pub(super) struct Append {
+    pub(super) record: AuditRecord,
+    /// Told once it is in the file.
+    pub(super) written: Option<oneshot::Sender<()>>,
+    /// Told once it is on the disk, or of what kept it from the file or the disk.
+    pub(super) synced: oneshot::Sender<Result<AuditEntry>>,
 }
 
 /// How much of the log there is to read.
@@ -72,7 +81,7 @@ impl Writer {
             let mut next = Some(command);
             while let Some(command) = next.take() {
                 match command {
-                    Command::Append(record, reply) => together.push((record, reply)),
+                    Command::Append(append) => together.push(append),
                     Command::Extent(reply) => {
                         self.append(std::mem::take(&mut together));
                         let extent = self.extent().map_err(|error| self.failed(&error));
@@ -110,12 +119,23 @@ impl Writer {
             .ok_or_else(|| io::Error::other("the audit log is not open"))
     }
 
-    fn append(&mut self, together: Vec<(AuditRecord, oneshot::Sender<Result<AuditEntry>>)>) {
+    fn append(&mut self, together: Vec<Append>) {
         if together.is_empty() {
             return;
         }
-        let (records, replies): (Vec<_>, Vec<_>) = together.into_iter().unzip();
-        match self.write(&records) {
+        let (mut records, mut replies, mut waiting) = (Vec::new(), Vec::new(), Vec::new());
+        for append in together {
+            records.push(append.record);
+            replies.push(append.synced);
+            waiting.extend(append.written);
+        }
+        let written = || {
+            for waiting in waiting {
+                // Whoever asked may have gone.
+                let _gone = waiting.send(()).is_err();
+            }
+        };
+        match self.write(&records, written) {
             Ok(entries) => {
                 for (entry, reply) in entries.into_iter().zip(replies) {
                     drop(reply.send(Ok(entry)));
@@ -130,7 +150,12 @@ impl Writer {
         }
     }
 
-    fn write(&mut self, records: &[AuditRecord]) -> io::Result<Vec<AuditEntry>> {
+    /// Writes entries, tells so, and syncs them.
+    fn write(
+        &mut self,
+        records: &[AuditRecord],
+        written: impl FnOnce(),
+    ) -> io::Result<Vec<AuditEntry>> {
         self.rotate()?;
         let at = self.clock.now();
         let open = self.opened()?;
@@ -147,11 +172,11 @@ impl Writer {
             entries.push(entry);
         }
         let before = open.length;
-        let written = open
-            .file
-            .write_all_at(&bytes, before)
-            .and_then(|()| open.file.sync_data());
-        if let Err(error) = written {
+        let outcome = open.file.write_all_at(&bytes, before).and_then(|()| {
+            written();
+            open.file.sync_data()
+        });
+        if let Err(error) = outcome {
             // What came of it is not known: nobody is told that it was logged, so it goes; and the
             // file is looked at anew before the next entry.
             let file = self.open.take();
@@ -270,13 +295,14 @@ impl Writer {
         if !told.is_empty() {
             let detail = told.join("; ");
             tracing::warn!(detail, "the audit log was not as it was left");
-            self.write(&[AuditRecord {
+            let repaired = AuditRecord {
                 principal: "ghost-agent".into(),
                 action: "audit_opened".into(),
                 detail,
                 outcome: "repaired".into(),
                 ..AuditRecord::default()
-            }])?;
+            };
+            self.write(&[repaired], || {})?;
         }
         Ok(())
     }

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use ghost_domain::{Error, ErrorCode, Result};
+use ghost_proto::guest::frame::BULK_VERSION;
 use ghost_proto::guest::v1::agent_message::Payload;
 use ghost_proto::guest::v1::{
     AgentMessage, Cancel, Stream, StreamData, execute_response, file_read_response,
@@ -214,8 +215,13 @@ impl Call {
             data,
             end,
         }));
-        let bytes = wire::encode(&message)
-            .map_err(|error| Error::internal(format!("a piece of a stream: {error}")))?;
+        let encoded = if self.session.hello.protocol_version >= BULK_VERSION {
+            wire::encode_bulk(message)
+        } else {
+            wire::encode(&message)
+        };
+        let bytes =
+            encoded.map_err(|error| Error::internal(format!("a piece of a stream: {error}")))?;
         self.commit(bytes, true, room)
     }
 

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use ghost_domain::ports::GuestEvent;
-use ghost_proto::guest::frame::{Decoder, Found, MAGIC};
+use ghost_proto::guest::frame::{self, Decoder, Found};
 use ghost_proto::guest::v1::agent_message::Payload;
 use ghost_proto::guest::v1::{AgentMessage, AgentReady, Hello, Ping};
 use ghost_proto::guest::{NEWEST_VERSION, OLDEST_VERSION};
@@ -225,8 +225,7 @@ impl Connection {
     /// Takes a batch of what was read.
     fn sort(&mut self, now: Instant) -> Result<(), Ended> {
         for _ in 0..BATCH {
-            let buffer = self.decoder.buffer();
-            let at_magic = buffer.starts_with(&MAGIC);
+            let at_magic = frame::begins(self.decoder.buffer());
             let Some(found) = self.decoder.next() else {
                 self.unfinished = false;
                 break;

@@ -79,6 +79,13 @@ pub(super) fn encode(message: &AgentMessage) -> Result<Bytes, frame::TooLong> {
     Ok(out.freeze())
 }
 
+/// As [`encode`], with contents of a file outside of the checksum.
+pub(super) fn encode_bulk(message: AgentMessage) -> Result<Bytes, frame::TooLong> {
+    let mut out = BytesMut::new();
+    frame::encode_bulk(message, &mut out)?;
+    Ok(out.freeze())
+}
+
 impl Wire {
     pub(super) fn new(stream: UnixStream) -> Self {
         Self {

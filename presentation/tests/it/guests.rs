@@ -13,7 +13,7 @@ use ghost_domain::guest::{
     GuestLinkStatus, GuestProgram, GuestRequest,
 };
 use ghost_domain::ports::{
-    AuditLog, ExecEvent, ExecInput, ExecOutput, ExecSession, GuestEvent, GuestEvents,
+    AuditLog, AuditReceipt, ExecEvent, ExecInput, ExecOutput, ExecSession, GuestEvent, GuestEvents,
     GuestFileReader, GuestFileWriter, GuestLinks, GuestProgramFile,
 };
 use ghost_domain::{Error, ErrorCode, Result, Timestamp, VmId};
@@ -537,6 +537,11 @@ impl AuditLog for FakeAudit {
         let mut records = self.0.audit.lock().unwrap();
         records.push(record);
         Ok(entry(records.len() - 1, records.last().unwrap()))
+    }
+
+    async fn begin(&self, record: AuditRecord) -> Result<AuditReceipt> {
+        let entry = self.append(record).await?;
+        Ok(Box::pin(async move { Ok(entry) }))
     }
 
     async fn list(

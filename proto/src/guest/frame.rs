@@ -11,16 +11,42 @@
 //! middle of something. A reader therefore looks for the magic, and where length or CRC do not hold
 //! it goes on one byte behind that magic: a length that lies swallows nothing but time. The first
 //! byte of the magic is no ASCII and no UTF-8, so that text on the channel is passed over quickly.
+//!
+//! # Bulk frames
+//! From version 2 of the protocol on, contents of files travel in frames whose CRC leaves them out:
+//!
+//! ```text
+//! +-------+--------------+--------+-------------+----------+----------------+-----------+
+//! | magic | length of    | CRC-32C| length of   | protobuf | contents, not  | the CRC   |
+//! | (2)   | the protobuf |        | the contents|          | in the CRC     | once more |
+//! +-------+--------------+--------+-------------+----------+----------------+-----------+
+//! ```
+//!
+//! The CRC covers both lengths and the protobuf, a [`StreamData`] of `STREAM_FILE` without its data.
+//! Contents have a checksum of their own from end to end (XXH3-128, of an update SHA-256); a second
+//! one on the way found nothing more, and was half of what a copy costs an emulated guest. Nobody
+//! waits for contents whose announcement is wrong, and where they are cut short, because the sender
+//! died, the CRC does not follow them: then they are looked through like any garbage.
 
 use bytes::{Buf, Bytes, BytesMut};
 use prost::Message;
 
-use super::v1::AgentMessage;
+use super::v1::{AgentMessage, Stream, StreamData, agent_message::Payload};
 
 /// What a frame begins with.
 pub const MAGIC: [u8; 4] = [0xf7, b'G', b'H', 0x01];
+/// What a bulk frame begins with.
+pub const BULK_MAGIC: [u8; 4] = [0xf7, b'G', b'H', 0x02];
 /// Bytes before the protobuf.
 pub const HEADER: usize = 12;
+/// Bytes before the protobuf of a bulk frame.
+const BULK_HEADER: usize = 16;
+/// The CRC that follows the contents.
+const BULK_TRAILER: usize = 4;
+/// Most bytes of the protobuf of a bulk frame: two ids and a few numbers.
+const MOST_BULK_HEAD: usize = 256;
+/// The first version of the protocol with bulk frames.
+pub const BULK_VERSION: u32 = 2;
 /// Most bytes of a protobuf.
 pub const MOST_PAYLOAD: usize = 1024 * 1024 - HEADER;
 
@@ -49,6 +75,56 @@ pub fn encode(message: &AgentMessage, out: &mut BytesMut) -> Result<(), TooLong>
     let sum = checksum(&out[start + 4..start + 8], &out[start + HEADER..]);
     out[start + 8..start + HEADER].copy_from_slice(&sum.to_be_bytes());
     Ok(())
+}
+
+/// Appends a message to `out`, its data outside of the CRC where it is contents of a file.
+///
+/// # Errors
+/// As [`encode`].
+pub fn encode_bulk(mut message: AgentMessage, out: &mut BytesMut) -> Result<(), TooLong> {
+    let data = match &mut message.payload {
+        Some(Payload::StreamData(data))
+            if data.stream == Stream::File as i32 && !data.data.is_empty() =>
+        {
+            std::mem::take(&mut data.data)
+        }
+        _ => return encode(&message, out),
+    };
+    let length = message.encoded_len();
+    let whole = BULK_HEADER + length + data.len() + BULK_TRAILER;
+    if length > MOST_BULK_HEAD || whole > HEADER + MOST_PAYLOAD {
+        return Err(TooLong {
+            length: length + data.len(),
+        });
+    }
+    // Both are below a megabyte.
+    let lengths = [length, data.len()].map(|one| (one as u32).to_be_bytes());
+    out.reserve(whole);
+    let start = out.len();
+    out.extend_from_slice(&BULK_MAGIC);
+    out.extend_from_slice(&lengths[0]);
+    out.extend_from_slice(&[0; 4]);
+    out.extend_from_slice(&lengths[1]);
+    if message.encode(out).is_err() {
+        out.truncate(start);
+        return Err(TooLong { length });
+    }
+    let sum = bulk_checksum(&out[start..]).to_be_bytes();
+    out[start + 8..start + HEADER].copy_from_slice(&sum);
+    out.extend_from_slice(&data);
+    out.extend_from_slice(&sum);
+    Ok(())
+}
+
+/// Of a bulk frame up to its contents.
+fn bulk_checksum(head: &[u8]) -> u32 {
+    let sum = crc32c::crc32c(&head[4..8]);
+    crc32c::crc32c_append(sum, &head[HEADER..])
+}
+
+/// Whether a frame of either kind begins here.
+pub fn begins(bytes: &[u8]) -> bool {
+    bytes.starts_with(&MAGIC) || bytes.starts_with(&BULK_MAGIC)
 }
 
 /// A message that no frame may carry.
@@ -90,6 +166,8 @@ pub enum Found {
 #[derive(Debug, Default)]
 pub struct Decoder {
     buffer: BytesMut,
+    /// The length of the frame at the front, where that is known to be one; 0 otherwise.
+    wanted: usize,
 }
 
 impl Decoder {
@@ -120,6 +198,10 @@ impl Decoder {
         reason = "more may come after None, which iterators do not promise"
     )]
     pub fn next(&mut self) -> Option<Found> {
+        if self.buffer.len() < self.wanted {
+            return None;
+        }
+        self.wanted = 0;
         let garbage = find_magic(&self.buffer);
         if garbage > 0 {
             self.buffer.advance(garbage);
@@ -129,12 +211,16 @@ impl Decoder {
             return None;
         }
         let length = be32(&self.buffer[4..8]) as usize;
+        if self.buffer.starts_with(&BULK_MAGIC) {
+            return self.bulk(length);
+        }
         if length > MOST_PAYLOAD {
             return Some(self.skip_magic());
         }
         if self.buffer.len() < HEADER + length {
             // The rest comes in one piece where it can.
             self.buffer.reserve(HEADER + length - self.buffer.len());
+            self.wanted = HEADER + length;
             return None;
         }
         let sum = checksum(&self.buffer[4..8], &self.buffer[HEADER..HEADER + length]);
@@ -144,6 +230,46 @@ impl Decoder {
         let frame: Bytes = self.buffer.split_to(HEADER + length).freeze();
         Some(match AgentMessage::decode(frame.slice(HEADER..)) {
             Ok(message) => Found::Message(Box::new(message)),
+            Err(_) => Found::Malformed,
+        })
+    }
+
+    /// A bulk frame at the front, whose protobuf has `length` bytes.
+    fn bulk(&mut self, length: usize) -> Option<Found> {
+        if length > MOST_BULK_HEAD {
+            return Some(self.skip_magic());
+        }
+        let head = BULK_HEADER + length;
+        if self.buffer.len() < head {
+            return None;
+        }
+        let contents = be32(&self.buffer[HEADER..BULK_HEADER]) as usize;
+        if contents > MOST_PAYLOAD
+            || head + contents + BULK_TRAILER > HEADER + MOST_PAYLOAD
+            || bulk_checksum(&self.buffer[..head]) != be32(&self.buffer[8..HEADER])
+        {
+            return Some(self.skip_magic());
+        }
+        let whole = head + contents + BULK_TRAILER;
+        if self.buffer.len() < whole {
+            self.buffer.reserve(whole - self.buffer.len());
+            self.wanted = whole;
+            return None;
+        }
+        if self.buffer[whole - BULK_TRAILER..whole] != self.buffer[8..HEADER] {
+            return Some(self.skip_magic());
+        }
+        let frame = self.buffer.split_to(whole).freeze();
+        Some(match AgentMessage::decode(frame.slice(BULK_HEADER..head)) {
+            Ok(mut message) => match &mut message.payload {
+                Some(Payload::StreamData(StreamData { stream, data, .. }))
+                    if *stream == Stream::File as i32 && data.is_empty() =>
+                {
+                    *data = frame.slice(head..head + contents);
+                    Found::Message(Box::new(message))
+                }
+                _ => Found::Malformed,
+            },
             Err(_) => Found::Malformed,
         })
     }
@@ -169,7 +295,8 @@ fn find_magic(bytes: &[u8]) -> usize {
     while let Some(at) = bytes[from..].iter().position(|byte| *byte == MAGIC[0]) {
         let at = from + at;
         let seen = bytes.len().min(at + MAGIC.len());
-        if bytes[at..seen] == MAGIC[..seen - at] {
+        let begun = &bytes[at..seen];
+        if *begun == MAGIC[..begun.len()] || *begun == BULK_MAGIC[..begun.len()] {
             return at;
         }
         from = at + 1;
@@ -272,6 +399,95 @@ mod tests {
         bytes.extend_from_slice(&payload);
         bytes.extend_from_slice(&frame(&message(1)));
         assert_eq!(read(&[&bytes]), (vec![message(1)], 1, 0));
+    }
+
+    fn contents(size: usize) -> AgentMessage {
+        AgentMessage {
+            message_id: vec![7; 16],
+            session: vec![9; 16],
+            timestamp: None,
+            payload: Some(Payload::StreamData(StreamData {
+                stream: Stream::File as i32,
+                data: (0..size).map(|at| (at % 249) as u8).collect(),
+                end: false,
+            })),
+        }
+    }
+
+    fn bulk(message: &AgentMessage) -> BytesMut {
+        let mut out = BytesMut::new();
+        encode_bulk(message.clone(), &mut out).unwrap();
+        out
+    }
+
+    #[test]
+    fn contents_of_files_travel_beside_the_checksum() {
+        let bytes = bulk(&contents(70_000));
+        assert!(bytes.starts_with(&BULK_MAGIC) && begins(&bytes));
+        let pieces: Vec<&[u8]> = bytes.chunks(4096).collect();
+        assert_eq!(read(&pieces), (vec![contents(70_000)], 0, 0));
+        let bytewise: Vec<&[u8]> = bytes[..600].chunks(1).chain([&bytes[600..]]).collect();
+        assert_eq!(read(&bytewise), (vec![contents(70_000)], 0, 0));
+        // All else is as it was.
+        for other in [contents(0), message(100)] {
+            assert_eq!(bulk(&other), frame(&other));
+        }
+        let mut output = contents(10);
+        if let Some(Payload::StreamData(data)) = &mut output.payload {
+            data.stream = Stream::Stdout as i32;
+        }
+        assert_eq!(bulk(&output), frame(&output));
+        assert!(encode_bulk(contents(MOST_PAYLOAD), &mut BytesMut::new()).is_err());
+    }
+
+    #[test]
+    fn contents_that_were_cut_short_swallow_nothing() {
+        let whole = bulk(&contents(5_000));
+        let next = frame(&message(100));
+        // The sender died, and what came after it says enough to fill the hole.
+        let mut bytes = whole[..3_000].to_vec();
+        for _ in 0..50 {
+            bytes.extend_from_slice(&next);
+        }
+        let (messages, malformed, garbage) = read(&[&bytes]);
+        assert_eq!((messages.len(), malformed, garbage), (50, 0, 3_000));
+    }
+
+    #[test]
+    fn a_flipped_bit_of_a_bulk_frame_costs_that_frame_or_is_in_its_contents() {
+        let good = bulk(&contents(64));
+        let next = frame(&message(1));
+        for at in 0..good.len() {
+            let mut bad = good.to_vec();
+            bad[at] ^= 0x10;
+            bad.extend_from_slice(&next);
+            bad.extend_from_slice(&vec![0; MOST_PAYLOAD]);
+            let (messages, malformed, _) = read(&[&bad]);
+            let inside = at >= good.len() - 68 && at < good.len() - 4;
+            assert_eq!(
+                (messages.len(), malformed),
+                (1 + usize::from(inside), 0),
+                "byte {at}"
+            );
+        }
+    }
+
+    #[test]
+    fn only_contents_of_files_travel_so() {
+        // A head that is whole, and announces contents for something else.
+        let mut head = BytesMut::new();
+        message(3).encode(&mut head).unwrap();
+        let mut bytes = BytesMut::new();
+        bytes.extend_from_slice(&BULK_MAGIC);
+        bytes.extend_from_slice(&u32::try_from(head.len()).unwrap().to_be_bytes());
+        bytes.extend_from_slice(&[0; 4]);
+        bytes.extend_from_slice(&2u32.to_be_bytes());
+        bytes.extend_from_slice(&head);
+        let sum = bulk_checksum(&bytes).to_be_bytes();
+        bytes[8..12].copy_from_slice(&sum);
+        bytes.extend_from_slice(b"ab");
+        bytes.extend_from_slice(&sum);
+        assert_eq!(read(&[&bytes]), (vec![], 1, 0));
     }
 
     #[test]

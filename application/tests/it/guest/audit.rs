@@ -155,6 +155,35 @@ async fn what_cannot_be_logged_does_not_happen() {
 }
 
 #[tokio::test]
+async fn what_came_of_a_call_is_not_told_before_its_line_is_on_the_disk() {
+    let world = World::new();
+    let agent = world.start().await;
+    agent.with_guest("web").await;
+    world.guests.state.lock().audit_unsynced = true;
+    let refused = agent
+        .use_cases
+        .exec_in_guest
+        .execute(&Agent::me(), &target("web"), command())
+        .await;
+    let error = refused.map(drop).unwrap_err();
+    assert_eq!(error.code(), ErrorCode::IoFailed);
+    assert!(error.message().contains("audit log"), "{error}");
+    // The program was under way, and was ended; that is a line too, once the disk is back.
+    agent.lines(&["exec begun", "exec failed: io_failed"]).await;
+    // Whatever else is called waits for the disk first.
+    world.guests.state.lock().audit.clear();
+    let calls = world.guests.calls().len();
+    let refused = agent
+        .use_cases
+        .stat_guest_file
+        .execute(&Agent::me(), &target("web"), "/etc/hosts", false)
+        .await;
+    assert_eq!(refused.unwrap_err().code(), ErrorCode::IoFailed);
+    assert_eq!(world.guests.calls().len(), calls);
+    agent.lines(&["file_stat begun"]).await;
+}
+
+#[tokio::test]
 async fn a_shell_is_called_one_and_secrets_are_never_written() {
     let world = World::new();
     let agent = world.start().await;

@@ -13,7 +13,7 @@ use ghost_domain::guest::{
     GuestLinkStatus, GuestRequest, GuestTelemetry,
 };
 use ghost_domain::ports::{
-    AuditLog, ExecEvent, ExecInput, ExecOutput, ExecSession, GuestEvent, GuestEvents,
+    AuditLog, AuditReceipt, ExecEvent, ExecInput, ExecOutput, ExecSession, GuestEvent, GuestEvents,
     GuestFileReader, GuestFileWriter, GuestLinks, GuestProgramFile,
 };
 use ghost_domain::{Error, ErrorCode, Result, Timestamp, VmId};
@@ -38,6 +38,8 @@ pub(crate) struct State {
     pub(crate) cuts: Vec<VmId>,
     pub(crate) audit: Vec<AuditRecord>,
     pub(crate) audit_full: bool,
+    /// Lines come into the log, but not onto the disk.
+    pub(crate) audit_unsynced: bool,
     pub(crate) program: Option<[u8; 32]>,
     /// How updates end, in order; then they succeed.
     pub(crate) updates: VecDeque<Error>,
@@ -73,6 +75,7 @@ impl Guests {
                 cuts: Vec::new(),
                 audit: Vec::new(),
                 audit_full: false,
+                audit_unsynced: false,
                 program: None,
                 updates: VecDeque::new(),
                 hold_update: false,
@@ -428,6 +431,17 @@ impl AuditLog for Guests {
         }
         state.audit.push(record.clone());
         Ok(entry(state.audit.len() as u64, record))
+    }
+
+    async fn begin(&self, record: AuditRecord) -> Result<AuditReceipt> {
+        let entry = self.append(record).await?;
+        let unsynced = self.state.lock().audit_unsynced;
+        Ok(Box::pin(async move {
+            match unsynced {
+                true => Err(Error::new(ErrorCode::IoFailed, "the disk is gone")),
+                false => Ok(entry),
+            }
+        }))
     }
 
     async fn list(
