@@ -85,6 +85,12 @@ pub trait FleetStore: Send + Sync {
     /// `StoreUnavailable` where it cannot be said to have taken effect.
     async fn commit(&self, conditions: Vec<Condition>, writes: Vec<Write>) -> Result<Committed>;
 
+    /// Whether other replicas may use the same records at the same time. The epoch of such a store
+    /// does not rise when one of them starts.
+    fn is_shared(&self) -> bool {
+        false
+    }
+
     /// Resolves when this process's lease was lost: what was leased is gone, others may have taken
     /// it, and all links of this replica have to be given up. Never for an embedded store.
     async fn lease_lost(&self);

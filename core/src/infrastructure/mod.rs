@@ -1,1 +1,3 @@
 //! The adapters behind Core's ports.
+
+pub mod store;
