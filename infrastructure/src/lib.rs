@@ -11,4 +11,5 @@ pub mod libvirt;
 pub mod simulated;
 pub mod store;
 pub mod telemetry;
+pub mod tunnel;
 pub mod vm_storage;
