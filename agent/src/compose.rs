@@ -44,6 +44,14 @@ pub(crate) struct Adapters {
 ///
 /// # Errors
 /// What cannot be opened and why: the data folder, the store, the CA, the catalogue, the audit log.
+/// Where the agent for guests lies.
+pub(crate) fn guest_program(config: &Config) -> GuestProgram {
+    match &config.guest.program {
+        Some(path) => GuestProgram::at(path.path()),
+        None => GuestProgram::standard(),
+    }
+}
+
 pub(crate) fn adapters(config: &Config) -> Result<Adapters> {
     let data_dir = config.agent.data_dir.path();
     prepare_data_dir(data_dir)?;
@@ -51,10 +59,7 @@ pub(crate) fn adapters(config: &Config) -> Result<Adapters> {
     let store = open_store(config)?;
     let authority = Arc::new(Authority::open(data_dir, Arc::clone(&clock))?);
     // One for seeds and updates: they share what was read of it.
-    let program = match &config.guest.program {
-        Some(path) => GuestProgram::at(path.path()),
-        None => GuestProgram::standard(),
-    };
+    let program = guest_program(config);
     let storage = Arc::new(DirectoryVmStorage::open(VmStorageOptions {
         guest_program: program.clone(),
         ..VmStorageOptions::new(data_dir)

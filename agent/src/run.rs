@@ -312,6 +312,7 @@ fn spawn_servers(
             })
         })),
         trace: Some(Arc::clone(&trace)),
+        group_guest_access: config.guest.group_access,
         connections: ConnectionLimits {
             most: usize::try_from(config.grpc.max_connections).unwrap_or(usize::MAX),
             ..ConnectionLimits::default()

@@ -175,6 +175,8 @@ pub struct UseCases {
     pub get_guest_history: guest::GetGuestHistory,
     /// See [`guest::WatchTelemetry`].
     pub watch_telemetry: guest::WatchTelemetry,
+    /// See [`guest::SetGuestAccess`].
+    pub set_guest_access: guest::SetGuestAccess,
     /// See [`guest::RegisterGuestAddress`].
     pub register_guest_address: guest::RegisterGuestAddress,
     /// See [`guest::SetLockdown`].
@@ -359,6 +361,7 @@ fn use_cases(
         update_vm: vm::UpdateVm {
             engine: engine(),
             registry: registry(),
+            access: guest::SetGuestAccess { door: door() },
         },
         delete_vm: vm::DeleteVm {
             engine: engine(),
@@ -503,6 +506,7 @@ fn use_cases(
         watch_telemetry: guest::WatchTelemetry {
             registry: registry(),
         },
+        set_guest_access: guest::SetGuestAccess { door: door() },
         register_guest_address: guest::RegisterGuestAddress { door: door() },
         set_lockdown: guest::SetLockdown { door: door() },
         get_lockdown: guest::GetLockdown {

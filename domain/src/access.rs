@@ -86,6 +86,8 @@ pub struct Principal {
     pub role: Role,
     /// How we know.
     pub source: PrincipalSource,
+    /// Whether it may enter guests, where its role is enough: who someone is does not say that.
+    pub guest_access: bool,
 }
 
 impl Principal {
@@ -95,6 +97,7 @@ impl Principal {
             name: "ghost-agent".into(),
             role: Role::Admin,
             source: PrincipalSource::Agent,
+            guest_access: true,
         }
     }
 
@@ -116,6 +119,44 @@ impl Principal {
         .hint(format!(
             "ask the host's owner for a token: ghostctl trust token --role {role}"
         )))
+    }
+
+    /// Checks that this principal may enter guests: it is an operator, and its credential was not
+    /// issued without guest access.
+    ///
+    /// # Errors
+    /// [`ErrorCode::PermissionDenied`] saying what is missing.
+    pub fn require_guest_access(&self) -> Result<(), Error> {
+        self.require(Role::Operator)?;
+        if self.guest_access {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorCode::PermissionDenied,
+            format!("{} may not enter guests", self.name),
+        )
+        .because("its credential was issued without guest access")
+        .hint("ask the host's owner for one that has it"))
+    }
+
+    /// Checks that this principal may issue a credential: nobody gives what they do not have.
+    ///
+    /// # Errors
+    /// [`ErrorCode::PermissionDenied`] saying what is missing.
+    pub fn require_issuing(&self, guest_access: bool) -> Result<(), Error> {
+        self.require(Role::Admin)?;
+        if self.guest_access || !guest_access {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorCode::PermissionDenied,
+            format!(
+                "{} may not issue a credential that enters guests",
+                self.name
+            ),
+        )
+        .because("its own credential was issued without guest access")
+        .hint("issue one without: --no-guest-access"))
     }
 }
 
@@ -150,6 +191,8 @@ pub struct JoinToken {
     pub secret_hash: [u8; 32],
     /// The role that the certificate will have.
     pub role: Role,
+    /// Whether its holder may enter guests, where the role is enough.
+    pub guest_access: bool,
     /// When it was made.
     pub created_at: Timestamp,
     /// When it ends, ten minutes later.
@@ -165,6 +208,8 @@ pub struct Certificate {
     pub name: String,
     /// What it may do.
     pub role: Role,
+    /// Whether its holder may enter guests, where the role is enough.
+    pub guest_access: bool,
     /// When it was first issued.
     pub created_at: Timestamp,
     /// When the newest certificate ends.
@@ -182,6 +227,8 @@ pub struct ApiKey {
     pub name: String,
     /// What it may do.
     pub role: Role,
+    /// Whether its holder may enter guests, where the role is enough.
+    pub guest_access: bool,
     /// SHA-256 of the secret half, which is 256 random bits: no slow hash is needed.
     pub secret_hash: [u8; 32],
     /// When it was made.
@@ -211,6 +258,32 @@ mod tests {
                 allowed,
                 "{has} for {needs}"
             );
+        }
+    }
+
+    #[test]
+    fn entering_guests_needs_the_role_and_the_permission() {
+        let mut principal = Principal::agent();
+        for (role, guest_access, enters) in [
+            (Role::Viewer, true, false),
+            (Role::Operator, true, true),
+            (Role::Operator, false, false),
+            (Role::Admin, false, false),
+            (Role::Admin, true, true),
+        ] {
+            (principal.role, principal.guest_access) = (role, guest_access);
+            let refused = principal
+                .require_guest_access()
+                .map_err(|error| error.code());
+            assert_eq!(refused.is_ok(), enters, "{role} {guest_access}");
+            assert!(enters || refused == Err(ErrorCode::PermissionDenied));
+            // What one has not, one does not give.
+            let admin = role == Role::Admin;
+            assert_eq!(
+                principal.require_issuing(true).is_ok(),
+                admin && guest_access
+            );
+            assert_eq!(principal.require_issuing(false).is_ok(), admin);
         }
     }
 

@@ -72,7 +72,7 @@ pub struct VmChange {
     pub memory: Option<ByteSize>,
     /// Delete protection on or off.
     pub delete_protection: Option<bool>,
-    /// Guest access on or off.
+    /// Guest access on or off: a matter of the record alone, in force once it is asked for.
     pub guest_access: Option<bool>,
     /// Autostart: `Some(None)` switches it off.
     pub autostart: Option<Option<Autostart>>,
@@ -80,6 +80,27 @@ pub struct VmChange {
     pub restart_policy: Option<RestartPolicy>,
     /// Tags to set (value) or remove (`None`).
     pub tags: Vec<(String, Option<String>)>,
+}
+
+impl VmChange {
+    /// Whether the domain in libvirt has to follow: guest access is none of its business.
+    pub fn concerns_domain(&self) -> bool {
+        let Self {
+            vcpus,
+            memory,
+            delete_protection,
+            guest_access: _,
+            autostart,
+            restart_policy,
+            tags,
+        } = self;
+        vcpus.is_some()
+            || memory.is_some()
+            || delete_protection.is_some()
+            || autostart.is_some()
+            || restart_policy.is_some()
+            || !tags.is_empty()
+    }
 }
 
 /// What an operation does, with all it needs to be resumed. Kinds are only ever added.

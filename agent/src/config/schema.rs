@@ -165,6 +165,8 @@ config_sections! {
         program: key<Option<FullPath>> = None,
         /// Whether guests may be entered at all.
         access: key<bool> = true,
+        /// Whether members of the group `ghost`, who use the local socket, may enter guests.
+        group_access: key<bool> = true,
         /// How often guests report.
         telemetry_interval: key<Duration> = Duration::from_secs(5),
         /// Whether agents in guests are replaced where they are not the program of this host.

@@ -34,7 +34,11 @@ pub(super) fn all(facts: &Facts) -> Vec<Finding> {
     findings.extend([data_dir(&facts.local), storage(&facts.local)]);
     findings.extend([space(&facts.local), reserved(&facts.local)]);
     findings.extend(facts.ports.iter().map(|one| port(one, facts.agent_runs)));
-    findings.extend([group(facts), clock(facts.clock_synchronised)]);
+    findings.extend([
+        group(facts),
+        clock(facts.clock_synchronised),
+        guest_program(&facts.local),
+    ]);
     findings
 }
 
@@ -48,6 +52,7 @@ pub(super) fn before_start(local: &Local) -> Vec<Finding> {
         storage(local),
         space(local),
         reserved(local),
+        guest_program(local),
     ]
 }
 
@@ -193,6 +198,24 @@ fn network(facts: &NetworkFacts) -> Finding {
         Some(_) => Finding::ok(
             "network",
             format!("{wanted} is there and down; it is started for the next VM"),
+        ),
+    }
+}
+
+/// The agent runs without it: then VMs come up without theirs.
+fn guest_program(local: &Local) -> Finding {
+    const NAME: &str = "guest-program";
+    match &local.guest_program {
+        Ok(Some(path)) => Finding::ok(NAME, path.display().to_string()),
+        Ok(None) => Finding::warning(
+            NAME,
+            "there is no agent for guests: new VMs come up without, and none is updated",
+            "install ghost-guest beside ghost-agent, or set guest.program",
+        ),
+        Err(why) => Finding::warning(
+            NAME,
+            format!("the agent for guests cannot be used: {why}"),
+            "build it with `make guest` (static), or set guest.program",
         ),
     }
 }

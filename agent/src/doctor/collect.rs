@@ -108,6 +108,10 @@ pub(super) fn local(config: &Config) -> Local {
             memory: config.resources.reserved.memory,
             disk: config.resources.reserved.disk,
         },
+        guest_program: compose::guest_program(config)
+            .find()
+            .map(|found| found.map(|file| file.path))
+            .map_err(|error| error.to_string()),
         data_dir,
     }
 }

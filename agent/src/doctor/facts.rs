@@ -45,6 +45,8 @@ pub(super) struct Local {
     pub(super) images: Vec<Node>,
     pub(super) resources: Result<HostResources, Error>,
     pub(super) reserved: Reserved,
+    /// The agent for guests: where it lies, that there is none, or why it cannot be used.
+    pub(super) guest_program: Result<Option<PathBuf>, String>,
 }
 
 /// A user and the groups it is in.

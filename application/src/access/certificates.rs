@@ -35,6 +35,7 @@ impl AuthenticateCertificate {
                 name: certificate.name,
                 role: certificate.role,
                 source: PrincipalSource::Certificate { credential: id },
+                guest_access: certificate.guest_access,
             }),
             Some(_) => Err(
                 Error::new(ErrorCode::Unauthenticated, "this certificate was revoked")

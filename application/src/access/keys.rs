@@ -18,6 +18,8 @@ pub struct CreateKeyCommand {
     pub name: String,
     /// What it may do.
     pub role: Role,
+    /// Whether its holder may enter guests, where the role is enough.
+    pub guest_access: bool,
     /// How long it is good; `None` for a key without end.
     pub lifetime: Option<Duration>,
 }
@@ -37,7 +39,7 @@ impl CreateKey {
         principal: &Principal,
         command: CreateKeyCommand,
     ) -> Result<(Secret, ApiKey)> {
-        principal.require(Role::Admin)?;
+        principal.require_issuing(command.guest_access)?;
         let name = secrets::holder_name(&command.name)?;
         let secret = secrets::random()?;
         let now = self.registry.clock().now();
@@ -45,6 +47,7 @@ impl CreateKey {
             id: CredentialId::random(),
             name,
             role: command.role,
+            guest_access: command.guest_access,
             secret_hash: secrets::hash(secret.expose()),
             created_at: now,
             expires_at: command.lifetime.map(|lifetime| now.after(lifetime)),
@@ -54,7 +57,7 @@ impl CreateKey {
         self.registry
             .transact(move |_| Ok(Decision::of((), vec![Change::PutApiKey(record)])))
             .await?;
-        tracing::info!(key = %key.id, name = %key.name, role = %key.role, principal = %principal.name, "key made");
+        tracing::info!(key = %key.id, name = %key.name, role = %key.role, guest_access = key.guest_access, principal = %principal.name, "key made");
         Ok((
             Secret::new(format!("ghost_{}_{}", key.id, secret.expose())),
             key,
@@ -149,6 +152,7 @@ impl AuthenticateKey {
             name: found.name,
             role: found.role,
             source: PrincipalSource::Key { credential: id },
+            guest_access: found.guest_access,
         })
     }
 }

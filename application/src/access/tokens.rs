@@ -28,14 +28,20 @@ impl CreateToken {
     ///
     /// # Errors
     /// `PermissionDenied`, `StoreUnavailable`.
-    pub async fn execute(&self, principal: &Principal, role: Role) -> Result<(Secret, JoinToken)> {
-        principal.require(Role::Admin)?;
+    pub async fn execute(
+        &self,
+        principal: &Principal,
+        role: Role,
+        guest_access: bool,
+    ) -> Result<(Secret, JoinToken)> {
+        principal.require_issuing(guest_access)?;
         let secret = secrets::random()?;
         let now = self.registry.clock().now();
         let token = JoinToken {
             id: CredentialId::random(),
             secret_hash: secrets::hash(secret.expose()),
             role,
+            guest_access,
             created_at: now,
             expires_at: now.after(LIFETIME),
         };
@@ -59,7 +65,7 @@ impl CreateToken {
                 Ok(Decision::of((), changes))
             })
             .await?;
-        tracing::info!(token = %token.id, %role, principal = %principal.name, "join token made");
+        tracing::info!(token = %token.id, %role, guest_access, principal = %principal.name, "join token made");
         Ok((text, token))
     }
 }
@@ -98,7 +104,8 @@ fn refused(cause: &str) -> Error {
         .hint("make a new one on the host: ghostctl trust token --role ROLE")
 }
 
-fn check(token: Option<&JoinToken>, secret: &str, now: Timestamp) -> Result<Role> {
+/// What its certificate will be: the role, and whether it enters guests.
+fn check(token: Option<&JoinToken>, secret: &str, now: Timestamp) -> Result<(Role, bool)> {
     let token = token.ok_or_else(|| refused("it is unknown, or has been used"))?;
     if !secrets::equal(&token.secret_hash, &secrets::hash(secret)) {
         return Err(refused("it is unknown, or has been used"));
@@ -108,7 +115,7 @@ fn check(token: Option<&JoinToken>, secret: &str, now: Timestamp) -> Result<Role
             "it has expired; a token can be used for ten minutes",
         ));
     }
-    Ok(token.role)
+    Ok((token.role, token.guest_access))
 }
 
 impl Enroll {
@@ -129,7 +136,7 @@ impl Enroll {
             .map_err(|_| refused("it does not look like a token"))?;
         let now = self.registry.clock().now();
         // Checked before the CA works for the caller, and again when the token is used up.
-        let role = self
+        let (role, guest_access) = self
             .registry
             .read(|model| check(model.join_tokens.get(&id), secret, now))?;
         let credential = CredentialId::random();
@@ -143,6 +150,7 @@ impl Enroll {
             id: credential,
             name,
             role,
+            guest_access,
             created_at: now,
             expires_at: issued.expires_at,
             revoked_at: None,
@@ -161,7 +169,7 @@ impl Enroll {
             .await?;
         // A token that is used up must not come back either.
         self.registry.export_withdrawal().await;
-        tracing::info!(token = %id, certificate = %credential, %role, "join token used");
+        tracing::info!(token = %id, certificate = %credential, %role, guest_access, "join token used");
         Ok(IssuedIdentity {
             issued,
             id: credential,

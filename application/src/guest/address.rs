@@ -4,12 +4,16 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ghost_domain::guest::AuditRecord;
-use ghost_domain::{Error, ErrorCode, EventKind, MacAddress, NetworkName, Principal, Result, Role};
+use ghost_domain::ports::Change;
+use ghost_domain::vm::Vm;
+use ghost_domain::{
+    Error, ErrorCode, EventKind, MacAddress, NetworkName, Principal, Result, Role, VmId,
+};
 
 use super::GuestTarget;
 use super::detail::escape;
 use super::door::{Door, failed};
-use crate::registry::is_usable;
+use crate::registry::{Decision, Model, is_usable};
 
 /// Registers an address of a VM, for guests without agent and without DHCP.
 pub struct RegisterGuestAddress {
@@ -17,8 +21,10 @@ pub struct RegisterGuestAddress {
 }
 
 impl RegisterGuestAddress {
-    /// Takes the address for the card on whose network it lies. It counts as long as neither the
-    /// guest nor a lease says otherwise, until the VM goes off or the agent is restarted.
+    /// Takes the address for the card on whose network it lies, in the place of what was
+    /// registered for that card before; `None` forgets all that was registered for the VM. It is
+    /// kept with the VM's record, and counts while the VM runs and neither the guest nor a lease
+    /// says otherwise.
     ///
     /// # Errors
     /// `PermissionDenied`, `VmNotFound`, `VmNotRunning`; `InvalidArgument` for an address that is
@@ -28,15 +34,15 @@ impl RegisterGuestAddress {
         &self,
         principal: &Principal,
         target: &GuestTarget,
-        address: IpAddr,
+        address: Option<IpAddr>,
     ) -> Result<()> {
-        let address = address.to_canonical();
+        let address = address.map(|address| address.to_canonical());
         let door = &self.door;
         let mut record = AuditRecord {
             principal: escape(&principal.name, 256),
             action: "address".into(),
             vm_name: escape(&target.vm, 128),
-            detail: address.to_string(),
+            detail: address.map_or_else(|| "none".to_owned(), |address| address.to_string()),
             request_id: escape(&target.request_id, 128),
             ..AuditRecord::default()
         };
@@ -58,14 +64,16 @@ impl RegisterGuestAddress {
         &self,
         principal: &Principal,
         target: &GuestTarget,
-        address: IpAddr,
+        address: Option<IpAddr>,
         record: &mut AuditRecord,
     ) -> Result<()> {
         principal.require(Role::Operator)?;
         let door = &self.door;
         let (id, name, cards) = door.registry.read(|model| {
             let entry = model.find_vm(&target.vm)?;
-            super::door::check_power(model, entry.vm.id)?;
+            if address.is_some() {
+                super::door::check_power(model, entry.vm.id)?;
+            }
             let cards: Vec<(MacAddress, NetworkName)> = entry
                 .vm
                 .spec
@@ -77,6 +85,9 @@ impl RegisterGuestAddress {
         })?;
         record.vm_id = id.to_string();
         record.vm_name.clone_from(&name);
+        let Some(address) = address else {
+            return self.keep(id, name, |_, _| Ok(Vec::new())).await;
+        };
         if !is_usable(address) {
             return Err(refuse(
                 address,
@@ -84,27 +95,48 @@ impl RegisterGuestAddress {
             ));
         }
         let mac = self.card_of(address, &cards).await?;
-        door.registry.observe(|model| {
+        self.keep(id, name, move |model, vm| {
             let taken = model.vms.values().find(|other| {
+                let registered = other.vm.registered_addresses.iter();
                 other.vm.id != id
-                    && other
-                        .known_addresses()
-                        .iter()
-                        .any(|known| known.address == address)
+                    && (registered
+                        .map(|(_, known)| *known)
+                        .any(|known| known == address)
+                        || other
+                            .known_addresses()
+                            .iter()
+                            .any(|known| known.address == address))
             });
             if let Some(other) = taken {
                 return Err(refuse(address, &format!("{} has it", other.vm.name)));
             }
-            let entry = model
-                .vms
-                .get_mut(&id)
-                .ok_or_else(|| Error::new(ErrorCode::VmNotFound, format!("{name} is gone")))?;
-            entry.registered.retain(|(of, _)| *of != mac);
-            entry.registered.push((mac, address));
-            Ok(())
-        })?;
-        door.registry.tell(EventKind::VmUpdated, Some(id), name);
-        Ok(())
+            let others = vm.registered_addresses.iter().copied();
+            Ok(others
+                .filter(|(of, _)| *of != mac)
+                .chain([(mac, address)])
+                .collect())
+        })
+        .await
+    }
+
+    /// Records what is registered for a VM from now on. The domain has no part in it, so that the
+    /// generation stays.
+    async fn keep(
+        &self,
+        id: VmId,
+        name: String,
+        decide: impl FnOnce(&Model, &Vm) -> Result<Vec<(MacAddress, IpAddr)>> + Send + 'static,
+    ) -> Result<()> {
+        self.door
+            .registry
+            .transact(move |model| {
+                model.check_accepting()?;
+                let mut vm = Vm::clone(&model.vm(id)?.vm);
+                vm.registered_addresses = decide(model, &vm)?;
+                let changes = vec![Change::PutVm(Box::new(vm))];
+                Ok(Decision::of((), changes).notice(EventKind::VmUpdated, Some(id), name))
+            })
+            .await
     }
 
     /// The card whose lease or network the address fits.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use ghost_domain::guest::{AuditRecord, GuestLinkStatus, Lockdown};
 use ghost_domain::ports::{AuditLog, AuditReceipt, GuestProgramFile};
 use ghost_domain::vm::ObservedPower;
-use ghost_domain::{Error, ErrorCode, Monotonic, Principal, Result, Role, VmId};
+use ghost_domain::{Error, ErrorCode, Monotonic, Principal, Result, VmId};
 use parking_lot::Mutex;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
@@ -94,7 +94,7 @@ impl Door {
     /// Lets a call in: checks all that must hold and writes the line that says it begins.
     ///
     /// # Errors
-    /// `PermissionDenied`, `VmNotFound`, `VmAmbiguous`, `GuestAccessOff`, `Lockdown`,
+    /// `PermissionDenied` (the role, or the permission to enter guests), `VmNotFound`, `VmAmbiguous`, `GuestAccessOff`, `Lockdown`,
     /// `VmNotRunning`, `GuestUnreachable`, in this order; and those of the audit log: what cannot
     /// be logged does not happen.
     pub(crate) async fn enter(
@@ -145,7 +145,7 @@ impl Door {
             // What the caller called it, for whoever looks for attempts.
             Err(_) => record.vm_name = escape(&target.vm, 128),
         }
-        let checked = match (principal.require(Role::Operator), found) {
+        let checked = match (principal.require_guest_access(), found) {
             (Err(error), _) | (Ok(()), Err(error)) => Err(error),
             (Ok(()), Ok((id, _))) => {
                 self.let_update(id).await;
@@ -409,9 +409,7 @@ pub(super) fn check_access(entry: &VmEntry, host: bool) -> Result<()> {
             ErrorCode::GuestAccessOff,
             format!("guest access of {name} is off"),
         )
-        .hint(format!(
-            "switch it on: ghostctl vm update {name} --guest-access on"
-        )));
+        .hint(format!("switch it on: ghostctl guest access {name} on")));
     }
     Ok(())
 }

@@ -4,6 +4,7 @@
 //! and the line in the audit log, in that order. What is only looked at (status, telemetry,
 //! history) comes from memory and needs a viewer.
 
+mod access;
 mod address;
 mod audit;
 mod detail;
@@ -20,6 +21,8 @@ use std::time::Duration;
 
 use ghost_domain::guest::GuestInject;
 
+pub(crate) use access::SWITCHED_OFF;
+pub use access::{GuestAccessView, SetGuestAccess};
 pub use address::RegisterGuestAddress;
 pub use audit::{ListAudit, ListAuditCommand, VerifyAudit};
 pub(crate) use detail::escape;
@@ -38,7 +41,7 @@ pub use status::{GetGuestStatus, GuestLayer, GuestPing, GuestStatusView, PingGue
 pub use telemetry::{
     GetGuestHistory, GuestHistoryView, TelemetryView, TelemetryWatch, WatchTelemetry,
 };
-pub use update::UpdateGuest;
+pub use update::{GuestUpdateView, UpdateGuest};
 
 /// Which guest, and the request that the call belongs to.
 #[derive(Clone, Debug, Default)]

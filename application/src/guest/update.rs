@@ -5,8 +5,20 @@ use std::sync::Arc;
 use ghost_domain::{Error, ErrorCode, Principal, Result, VmId};
 
 use super::GuestTarget;
+use super::detail::escape;
 use super::door::Door;
 use crate::registry::Registry;
+
+/// What became of an update.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GuestUpdateView {
+    /// The agent's version before.
+    pub from: String,
+    /// The agent's version now.
+    pub to: String,
+    /// Whether it was replaced: not where it is the host's program already.
+    pub replaced: bool,
+}
 
 /// Replaces a guest's agent by the host's program.
 pub struct UpdateGuest {
@@ -19,7 +31,11 @@ impl UpdateGuest {
     /// # Errors
     /// `GuestUnsupported` where this host has no program to give, and those of every call into a
     /// guest (see [`super::ExecInGuest`]).
-    pub async fn execute(&self, principal: &Principal, target: &GuestTarget) -> Result<()> {
+    pub async fn execute(
+        &self,
+        principal: &Principal,
+        target: &GuestTarget,
+    ) -> Result<GuestUpdateView> {
         let Some(program) = self.door.program().await else {
             return Err(Error::new(
                 ErrorCode::GuestUnsupported,
@@ -37,7 +53,17 @@ impl UpdateGuest {
             .enter(principal, target, "update", format!("to sha256:{hash}"))
             .await?;
         let _updating = Updating::new(&self.door.registry, visit.vm);
-        let outcome = self.door.ports.guests.update(visit.vm).await;
+        let guests = &self.door.ports.guests;
+        let hello = |vm| guests.status(vm).hello.unwrap_or_default();
+        let before = hello(visit.vm);
+        let outcome = guests.update(visit.vm).await.map(|()| {
+            let after = hello(visit.vm);
+            GuestUpdateView {
+                from: escape(&before.agent_version, 64),
+                to: escape(&after.agent_version, 64),
+                replaced: before.program_sha256 != program.sha256,
+            }
+        });
         visit.settle(outcome)
     }
 }

@@ -54,6 +54,7 @@ pub(crate) fn plan(operation: &Operation) -> Plan {
             Box::new(steps::UndefineDomain),
             Box::new(steps::RemoveFolder),
         ],
+        OperationKind::UpdateVm { change } if !change.concerns_domain() => Vec::new(),
         OperationKind::UpdateVm { change } => vec![Box::new(steps::RedefineDomain {
             change: change.clone(),
         })],
@@ -203,7 +204,9 @@ pub(crate) fn completion(
         }
         OperationKind::UpdateVm { change } => {
             if succeeded {
-                changes.push(put(&|vm| steps::apply_change(vm, change)));
+                if change.concerns_domain() {
+                    changes.push(put(&|vm| steps::apply_change(vm, change)));
+                }
                 notices.push(tell(EventKind::VmUpdated));
             }
         }

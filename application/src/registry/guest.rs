@@ -126,7 +126,6 @@ impl VmEntry {
         if !observation.power.is_active() {
             self.addresses.clear();
             self.reported.clear();
-            self.registered.clear();
             self.guest.powered_off(observation.since);
         }
         self.observation = Some(observation);
@@ -136,6 +135,16 @@ impl VmEntry {
     /// report, its leases, what was registered by hand.
     pub(crate) fn known_addresses(&self) -> Vec<AddressView> {
         let mut known = Vec::new();
+        // Kept on the record for the VM's next run; one that is off has no address.
+        let active = self
+            .observation
+            .as_ref()
+            .is_none_or(|seen| seen.power.is_active());
+        let registered: &[_] = if active {
+            &self.vm.registered_addresses
+        } else {
+            &[]
+        };
         for card in &self.vm.spec.interfaces {
             let of = |list: &[(MacAddress, IpAddr)], source| -> Vec<AddressView> {
                 list.iter()
@@ -148,9 +157,9 @@ impl VmEntry {
                     .collect()
             };
             let best = [
-                (&self.reported, AddressSource::Guest),
-                (&self.addresses, AddressSource::Lease),
-                (&self.registered, AddressSource::Registered),
+                (&self.reported[..], AddressSource::Guest),
+                (&self.addresses[..], AddressSource::Lease),
+                (registered, AddressSource::Registered),
             ]
             .into_iter()
             .map(|(list, source)| of(list, source))

@@ -38,8 +38,6 @@ pub(crate) struct VmEntry {
     pub(crate) addresses: Vec<(MacAddress, IpAddr)>,
     /// As its agent reports them.
     pub(crate) reported: Vec<(MacAddress, IpAddr)>,
-    /// As somebody registered them by hand.
-    pub(crate) registered: Vec<(MacAddress, IpAddr)>,
     pub(crate) addresses_at: Monotonic,
     pub(crate) usage: Option<VmStorageUsage>,
     pub(crate) drift: Vec<String>,
@@ -160,7 +158,6 @@ impl Model {
                             observation: None,
                             addresses: Vec::new(),
                             reported: Vec::new(),
-                            registered: Vec::new(),
                             addresses_at: Monotonic::default(),
                             usage: None,
                             drift: Vec::new(),

@@ -16,7 +16,7 @@ use ghost_domain::vm::{Lifecycle, ObservedPower};
 use ghost_domain::{ErrorCode, EventKind, Monotonic, Principal, VmId};
 
 use super::Supervisor;
-use crate::guest::{GuestTarget, SyncGuestClock, UpdateGuest, escape};
+use crate::guest::{GuestTarget, SWITCHED_OFF, SyncGuestClock, UpdateGuest, escape};
 use crate::registry::{GuestSample, HostRates, Model, VmEntry, reported_addresses};
 
 /// How long libvirt may take over the counters of all VMs.
@@ -109,7 +109,7 @@ fn perform(supervisor: &Supervisor, id: VmId, act: &Act) {
         Act::Attach => guests.attach(id, &supervisor.ports.storage.guest_socket_path(id)),
         Act::Detach(why) => guests.detach(id, why),
         Act::Cut => {
-            let cut = guests.cut(id, "guest access of this VM was switched off");
+            let cut = guests.cut(id, SWITCHED_OFF);
             tracing::info!(vm = %id, cut, "guest access switched off");
         }
         Act::SetClock => {
@@ -521,7 +521,7 @@ async fn update(supervisor: &Supervisor, id: VmId, attempt: u32) {
         .read(|model| model.vms.get(&id).map(|entry| entry.vm.name.to_string()));
     let Some(name) = name else { return };
     let kind = match outcome {
-        Ok(()) => EventKind::GuestUpdated {
+        Ok(_) => EventKind::GuestUpdated {
             updated: true,
             detail: "to the host's program".into(),
         },

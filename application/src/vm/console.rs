@@ -18,14 +18,14 @@ pub struct OpenConsole {
 }
 
 impl OpenConsole {
-    /// Attaches. Whoever types on a console may act as the guest's root, so this needs an operator,
-    /// and a lockdown closes it too. The VM's guest access is about its agent and changes nothing
+    /// Attaches. Whoever types on a console may act as the guest's root, so this needs an
+    /// operator who may enter guests, and a lockdown closes it too. The VM's guest access is about its agent and changes nothing
     /// here: the console is what is left where the agent is not wanted.
     ///
     /// # Errors
     /// `VmNotFound`, `Lockdown`, `VmNotRunning`, `VmBusy` where somebody is attached.
     pub async fn execute(&self, principal: &Principal, vm: &str) -> Result<(VmId, ConsoleSession)> {
-        principal.require(Role::Operator)?;
+        principal.require_guest_access()?;
         let registry = &self.door.registry;
         let (id, name, closed) = registry.read(|model| {
             let entry = model.find_vm(vm)?;

@@ -307,6 +307,7 @@ fn draft(command: &CreateVmCommand, inject: GuestInject, now: Timestamp) -> Resu
         },
         lifecycle: Lifecycle::Creating,
         created_at: now,
+        registered_addresses: Vec::new(),
         crash_restarts: Vec::new(),
     };
     Ok((vm, command.disk_bytes.is_some()))

@@ -47,6 +47,7 @@ pub(crate) mod tests_support {
             desired: DesiredPower::Running,
             lifecycle: Lifecycle::Ready,
             created_at: Timestamp::default(),
+            registered_addresses: Vec::new(),
             crash_restarts: Vec::new(),
         }
     }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use ghost_domain::ports::Change;
 use ghost_domain::vm::{Request, Vm};
 use ghost_domain::{
     ByteSize, Demand, Error, ErrorCode, OperationKind, Principal, RequestId, Result, Role, VmChange,
@@ -9,8 +10,9 @@ use ghost_domain::{
 
 use super::create::check_link;
 use super::power::{check_state, find};
+use crate::guest::{GuestTarget, SetGuestAccess};
 use crate::operations::{Engine, Submission, apply_change};
-use crate::registry::{OperationView, Registry};
+use crate::registry::{Model, OperationView, Registry};
 
 /// What to change.
 #[derive(Clone, Debug, Default)]
@@ -29,6 +31,7 @@ pub struct UpdateVmCommand {
 pub struct UpdateVm {
     pub(crate) engine: Arc<Engine>,
     pub(crate) registry: Arc<Registry>,
+    pub(crate) access: SetGuestAccess,
 }
 
 pub(crate) fn check_generation(vm: &Vm, expected: Option<u64>) -> Result<()> {
@@ -49,7 +52,9 @@ pub(crate) fn check_generation(vm: &Vm, expected: Option<u64>) -> Result<()> {
 }
 
 impl UpdateVm {
-    /// Submits the operation.
+    /// Submits the operation. Guest access is switched off at once, whatever becomes of the rest,
+    /// and on once the operation is admitted; where nothing else is to change, libvirt is not
+    /// needed.
     ///
     /// # Errors
     /// `VmNotFound`, `VmRunning` (for CPUs and memory), `InvalidArgument`, `InvalidSize`,
@@ -68,6 +73,9 @@ impl UpdateVm {
                     .hint("see ghostctl vm update --help"),
             );
         }
+        if change.guest_access == Some(true) {
+            principal.require_guest_access()?;
+        }
         let kind = OperationKind::UpdateVm {
             change: change.clone(),
         };
@@ -77,19 +85,37 @@ impl UpdateVm {
             command.request_id.as_ref(),
             kind.name(),
         )?;
+        let known = self.registry.read(|model: &Model| {
+            let key = command.request_id.as_ref();
+            key.is_some_and(|key| model.requests.contains_key(key))
+        });
+        let opens = change.guest_access == Some(true) && !known;
+        // A request that comes again must not undo what was decided in between.
+        if change.guest_access == Some(false) && !known {
+            self.registry
+                .read(|model| check_generation(&model.vm(id)?.vm, command.expected_generation))?;
+            let target = GuestTarget {
+                vm: id.to_string(),
+                request_id: String::new(),
+            };
+            self.access.execute(principal, &target, false).await?;
+        }
         let submission = Submission {
             request_hash: Submission::hash(&(kind.name(), id, format!("{change:?}"))),
             kind,
             vm: Some(id),
-            subject: name,
+            subject: name.clone(),
             request_id: command.request_id,
         };
         let registry = Arc::clone(&self.registry);
-        self.engine
+        let view = self
+            .engine
             .submit(principal, submission, move |model| {
                 let entry = model.vm(id)?;
                 check_generation(&entry.vm, command.expected_generation)?;
-                check_link(model)?;
+                if change.concerns_domain() {
+                    check_link(model)?;
+                }
                 let mut changed = Vm::clone(&entry.vm);
                 apply_change(&mut changed, &change);
                 changed.spec.validate()?;
@@ -110,8 +136,18 @@ impl UpdateVm {
                         ..changed.spec.demand()
                     })?;
                 }
-                Ok(Vec::new())
+                let mut changes = Vec::new();
+                if change.guest_access == Some(true) {
+                    let mut opened = Vm::clone(&entry.vm);
+                    opened.spec.guest.access = true;
+                    changes.push(Change::PutVm(Box::new(opened)));
+                }
+                Ok(changes)
             })
-            .await
+            .await?;
+        if opens {
+            self.access.opened(principal, id, name);
+        }
+        Ok(view)
     }
 }

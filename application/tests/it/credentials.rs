@@ -14,7 +14,7 @@ async fn a_token_is_good_once_and_for_ten_minutes() {
     let use_cases = &agent.use_cases;
     let (token, _) = use_cases
         .create_token
-        .execute(&Agent::me(), Role::Operator)
+        .execute(&Agent::me(), Role::Operator, true)
         .await
         .unwrap();
     let enroll = |token: &Secret, request: &str| EnrollCommand {
@@ -77,7 +77,7 @@ async fn a_token_is_good_once_and_for_ten_minutes() {
 
     let (late, _) = use_cases
         .create_token
-        .execute(&Agent::me(), Role::Viewer)
+        .execute(&Agent::me(), Role::Viewer, true)
         .await
         .unwrap();
     world.clock.forward(Duration::from_secs(601));
@@ -111,6 +111,7 @@ async fn keys_are_hashed_expire_and_are_revoked() {
     let make = |lifetime| CreateKeyCommand {
         name: "ci".into(),
         role: Role::Viewer,
+        guest_access: true,
         lifetime,
     };
     let (secret, key) = use_cases
@@ -162,7 +163,7 @@ async fn what_was_withdrawn_stays_so_in_a_store_rebuilt_from_its_export() {
     let use_cases = &agent.use_cases;
     let (token, _) = use_cases
         .create_token
-        .execute(&Agent::me(), Role::Operator)
+        .execute(&Agent::me(), Role::Operator, true)
         .await
         .unwrap();
     let enroll = || EnrollCommand {
@@ -179,6 +180,7 @@ async fn what_was_withdrawn_stays_so_in_a_store_rebuilt_from_its_export() {
     let command = CreateKeyCommand {
         name: "ci".into(),
         role: Role::Viewer,
+        guest_access: true,
         lifetime: None,
     };
     let (secret, key) = use_cases
@@ -237,6 +239,7 @@ async fn an_export_that_failed_is_owed_and_does_not_fail_the_revocation() {
     let command = CreateKeyCommand {
         name: "ci".into(),
         role: Role::Viewer,
+        guest_access: true,
         lifetime: None,
     };
     let (secret, key) = agent
@@ -270,4 +273,51 @@ async fn an_export_that_failed_is_owed_and_does_not_fail_the_revocation() {
         .await;
     let exported = world.survivors.lock().exported.clone().unwrap();
     assert!(exported.api_keys[0].revoked_at.is_some());
+}
+
+#[tokio::test]
+async fn guest_access_goes_with_the_credential() {
+    let world = World::new();
+    let agent = world.start().await;
+    let use_cases = &agent.use_cases;
+    let me = Agent::me();
+    let token = use_cases.create_token.execute(&me, Role::Admin, false);
+    let (token, made) = token.await.unwrap();
+    assert!(!made.guest_access);
+    let command = EnrollCommand {
+        token,
+        request_pem: "csr".into(),
+        name: "laptop".into(),
+    };
+    let issued = use_cases.enroll.execute(command).await.unwrap();
+    let authenticate = &use_cases.authenticate_certificate;
+    let holder = authenticate.execute(issued.id).await.unwrap();
+    assert!(!holder.guest_access && holder.role == Role::Admin);
+    // Renewal does not widen it, and nobody gives what they do not have.
+    use_cases.renew.execute(&holder, "csr").await.unwrap();
+    assert!(!authenticate.execute(issued.id).await.unwrap().guest_access);
+    let key = |guest_access| CreateKeyCommand {
+        name: "ci".into(),
+        role: Role::Operator,
+        guest_access,
+        lifetime: None,
+    };
+    let denied = ErrorCode::PermissionDenied;
+    let refused = use_cases.create_key.execute(&holder, key(true)).await;
+    assert_eq!(refused.unwrap_err().code(), denied);
+    let refused = use_cases.create_token.execute(&holder, Role::Viewer, true);
+    assert_eq!(refused.await.unwrap_err().code(), denied);
+    let (secret, _) = use_cases
+        .create_key
+        .execute(&holder, key(false))
+        .await
+        .unwrap();
+    drop(agent);
+
+    let agent = world.start().await;
+    let use_cases = &agent.use_cases;
+    let user = use_cases.authenticate_key.execute(&secret).await.unwrap();
+    assert!(!user.guest_access && user.role == Role::Operator);
+    let holder = use_cases.authenticate_certificate.execute(issued.id).await;
+    assert!(!holder.unwrap().guest_access);
 }

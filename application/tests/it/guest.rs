@@ -1,5 +1,6 @@
 //! Guests: who may enter them, what is written about it, what is known of them.
 
+mod access;
 mod audit;
 mod inside;
 mod links;
@@ -28,6 +29,7 @@ pub(crate) fn principal(role: Role) -> Principal {
         name: format!("the {role}"),
         role,
         source: PrincipalSource::Socket { uid: 1000 },
+        guest_access: true,
     }
 }
 

@@ -493,7 +493,7 @@ async fn viewers_change_nothing() {
         use_cases.open_log.execute(&viewer, "web", None).await.err(),
         use_cases
             .create_token
-            .execute(&viewer, Role::Viewer)
+            .execute(&viewer, Role::Viewer, true)
             .await
             .err(),
         use_cases.list_keys.execute(&viewer).await.err(),

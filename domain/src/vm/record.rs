@@ -1,6 +1,7 @@
 //! The VM record: desired state, owned by us and durable.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use crate::guest::GuestPolicy;
@@ -353,6 +354,9 @@ pub struct Vm {
     pub lifecycle: Lifecycle,
     /// When it was asked for.
     pub created_at: Timestamp,
+    /// Addresses that somebody registered by hand, by card, at most one each: for guests without
+    /// agent and without DHCP.
+    pub registered_addresses: Vec<(MacAddress, IpAddr)>,
     /// When it was started again after crashes, newest last; pruned to the policy's window.
     pub crash_restarts: Vec<Timestamp>,
 }

@@ -407,6 +407,7 @@ mod tests {
             desired: DesiredPower::Running,
             lifecycle,
             created_at: Timestamp::default(),
+            registered_addresses: Vec::new(),
             crash_restarts: Vec::new(),
         }
     }

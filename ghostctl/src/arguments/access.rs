@@ -84,6 +84,10 @@ pub(crate) enum TrustCommand {
         /// What its holder may do
         #[arg(long, value_enum)]
         role: Role,
+
+        /// Its holder enters no guest: no exec, shell, cp, passwords or console
+        #[arg(long)]
+        no_guest_access: bool,
     },
     /// List the certificates
     #[command(visible_alias = "ls")]
@@ -121,6 +125,10 @@ pub(crate) struct KeyCreate {
     /// What its holder may do
     #[arg(long, value_enum)]
     pub(crate) role: Role,
+
+    /// Its holder enters no guest: no exec, shell, files or passwords
+    #[arg(long)]
+    pub(crate) no_guest_access: bool,
 
     /// How long it lives, such as 30d [default: without end]
     #[arg(long, value_name = "TIME", value_parser = values::duration)]

@@ -1,7 +1,9 @@
 //! What reaches into VMs: `exec`, `shell`, `cp`, `guest …`, and what watches over it: `lockdown`
 //! and `audit …`.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueHint};
@@ -152,6 +154,12 @@ pub(crate) enum GuestCommand {
     Freeze(GuestFreeze),
     /// Let frozen file systems go on
     Thaw(super::vm::OneName),
+    /// Replace the VM's agent by the host's program; the old one comes back where the new one is not heard
+    Update(super::vm::Names),
+    /// Let exec, shell, cp and the like into a VM, or keep them out; off cuts what goes on, at once
+    Access(GuestAccess),
+    /// Register an address of a VM by hand, for guests without agent and DHCP; `none` forgets it
+    Address(GuestAddress),
     /// Ask the guest's agent to shut the guest down
     Shutdown(GuestShutdown),
 }
@@ -213,6 +221,54 @@ pub(crate) struct GuestFreeze {
     /// Only this mount point; again for more [default: all]
     #[arg(long = "mount", value_name = "PATH")]
     pub(crate) mounts: Vec<String>,
+}
+
+/// `guest access`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+A change of the agent's record alone: it works at once, also while libvirt is away or the VM is busy.
+Telemetry is shown either way; the console is not the agent's. `ghostctl lockdown` closes all VMs.
+
+Examples:
+  ghostctl guest access web off
+  ghostctl guest access web on")]
+pub(crate) struct GuestAccess {
+    /// Name, id, or unique prefix of an id
+    #[arg(add = completers::vms())]
+    pub(crate) name: String,
+
+    /// Whether the VM may be entered
+    #[arg(value_enum)]
+    pub(crate) access: super::vm::Switch,
+}
+
+/// An address, or `none`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AddressOrNone(pub(crate) Option<IpAddr>);
+
+impl FromStr for AddressOrNone {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "none" {
+            return Ok(Self(None));
+        }
+        text.parse()
+            .map(|address| Self(Some(address)))
+            .map_err(|_| format!("{text:?} is neither an IP address nor none"))
+    }
+}
+
+/// `guest address`.
+#[derive(Debug, Args)]
+pub(crate) struct GuestAddress {
+    /// Name, id, or unique prefix of an id
+    #[arg(add = completers::vms())]
+    pub(crate) name: String,
+
+    /// An address in the subnet of one of the VM's networks, or none
+    #[arg(value_name = "ADDRESS|none")]
+    pub(crate) address: AddressOrNone,
 }
 
 /// `guest shutdown`.

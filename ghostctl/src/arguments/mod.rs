@@ -13,8 +13,9 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub(crate) use access::{ContextAdd, ContextCommand, KeyCommand, KeyCreate, Role, TrustCommand};
 pub(crate) use guest::{
-    AuditCommand, AuditList, CpArgs, ExecArgs, GuestCommand, GuestFreeze, GuestPassword,
-    GuestShutdown, LockdownArgs, LockdownCommand, ShellArgs, SshKeyCommand, Surroundings, TopArgs,
+    AuditCommand, AuditList, CpArgs, ExecArgs, GuestAccess, GuestAddress, GuestCommand,
+    GuestFreeze, GuestPassword, GuestShutdown, LockdownArgs, LockdownCommand, ShellArgs,
+    SshKeyCommand, Surroundings, TopArgs,
 };
 pub(crate) use host::{CompletionArgs, EventsArgs, ManArgs, NetworkCommand, Shell, VersionArgs};
 pub(crate) use image::{ImageCommand, ImageImport, ImagePull};

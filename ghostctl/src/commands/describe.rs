@@ -381,6 +381,21 @@ fn standing(expires_at: Option<&str>, revoked_at: Option<&str>) -> String {
     }
 }
 
+/// What a role is followed by where its credential enters no guests.
+pub(super) const fn without_guests(guest_access: bool) -> &'static str {
+    if guest_access {
+        ""
+    } else {
+        " without guest access"
+    }
+}
+
+/// A role in a table.
+fn role(role: &str, guest_access: bool) -> String {
+    let mark = if guest_access { "" } else { " (no guests)" };
+    format!("{role}{mark}")
+}
+
 pub(super) fn certificate_table(certificates: &[Certificate]) -> Table {
     let mut table = Table::new(&["ID", "NAME", "ROLE", "STATE", "EXPIRES", "AGE"]);
     for certificate in certificates {
@@ -388,7 +403,7 @@ pub(super) fn certificate_table(certificates: &[Certificate]) -> Table {
         table.row([
             certificate.id.clone(),
             certificate.name.clone(),
-            certificate.role.clone(),
+            role(&certificate.role, certificate.guest_access),
             standing(expires_at, certificate.revoked_at.as_deref()),
             time_until(expires_at),
             age_of(&certificate.created_at),
@@ -404,7 +419,7 @@ pub(super) fn key_table(keys: &[ApiKey]) -> Table {
         table.row([
             key.id.clone(),
             key.name.clone(),
-            key.role.clone(),
+            role(&key.role, key.guest_access),
             standing(expires_at, key.revoked_at.as_deref()),
             time_until(expires_at),
             age_of(&key.created_at),

@@ -3,17 +3,23 @@
 use std::io::{BufRead, IsTerminal, Read};
 
 use ghost_proto::agent::v1::{
-    FreezeGuestRequest, GetGuestStatusRequest, PingGuestRequest, SetGuestPasswordRequest,
-    ShutdownGuestRequest, SyncGuestClockRequest, ThawGuestRequest, UpdateGuestSshKeysRequest,
+    FreezeGuestRequest, GetGuestStatusRequest, PingGuestRequest, RegisterGuestAddressRequest,
+    SetGuestAccessRequest, SetGuestPasswordRequest, ShutdownGuestRequest, SyncGuestClockRequest,
+    ThawGuestRequest, UpdateGuestRequest, UpdateGuestSshKeysRequest,
 };
-use ghost_proto::view::{GuestFreeze as FreezeView, GuestPing, GuestStatus};
+use ghost_proto::view::{
+    GuestAccess as AccessView, GuestFreeze as FreezeView, GuestPing, GuestStatus, GuestUpdate,
+};
 use serde::Serialize;
 
 use super::vm_create::ssh_keys;
 use super::waiting::CtrlC;
 use super::{each, wire};
-use crate::arguments::{GuestCommand, GuestFreeze, GuestPassword, GuestShutdown, SshKeyCommand};
-use crate::connect::{Session, ask};
+use crate::arguments::{
+    GuestAccess, GuestAddress, GuestCommand, GuestFreeze, GuestPassword, GuestShutdown,
+    SshKeyCommand, Switch,
+};
+use crate::connect::{Session, ask, ask_guest, ask_long};
 use crate::errors::{ErrorCode, Exit, Failure, worst};
 use crate::table::Paint;
 use crate::terminal::SilentTerminal;
@@ -40,6 +46,9 @@ pub(super) async fn run(command: GuestCommand, session: &Session) -> Result<Exit
         GuestCommand::SyncClock(args) => sync_clock(args.names, session).await,
         GuestCommand::Freeze(args) => freeze(args, session).await,
         GuestCommand::Thaw(args) => thaw(args.name, session).await,
+        GuestCommand::Update(args) => update(args.names, session).await,
+        GuestCommand::Access(args) => access(args, session).await,
+        GuestCommand::Address(args) => address(args, session).await,
         GuestCommand::Shutdown(args) => shutdown(args, session).await,
     }
 }
@@ -206,7 +215,7 @@ async fn password(args: GuestPassword, session: &Session) -> Result<Exit, Failur
     }
     agent
         .guest()
-        .set_password(ask(SetGuestPasswordRequest {
+        .set_password(ask_guest(SetGuestPasswordRequest {
             vm: args.name.clone(),
             user: args.user,
             password,
@@ -279,7 +288,7 @@ async fn ssh_key(command: SshKeyCommand, session: &Session) -> Result<Exit, Fail
     let agent = session.agent().await?;
     agent
         .guest()
-        .update_ssh_keys(ask(UpdateGuestSshKeysRequest {
+        .update_ssh_keys(ask_guest(UpdateGuestSshKeysRequest {
             vm: args.name.clone(),
             user: args.user,
             add,
@@ -295,7 +304,7 @@ async fn sync_clock(names: Vec<String>, session: &Session) -> Result<Exit, Failu
     let (done, exit) = each(&names, session, |vm| async {
         agent
             .guest()
-            .sync_clock(ask(SyncGuestClockRequest { vm: vm.clone() }))
+            .sync_clock(ask_guest(SyncGuestClockRequest { vm: vm.clone() }))
             .await
             .map(|_| Done { vm })
             .map_err(|status| agent.failure(&status))
@@ -315,7 +324,7 @@ async fn freeze(args: GuestFreeze, session: &Session) -> Result<Exit, Failure> {
     let limit = args.timeout.unwrap_or(FREEZE);
     let answer = agent
         .guest()
-        .freeze(ask(FreezeGuestRequest {
+        .freeze(ask_long(FreezeGuestRequest {
             vm: args.name.clone(),
             timeout: args.timeout.map(wire),
             mount_points: args.mounts,
@@ -339,7 +348,7 @@ async fn thaw(vm: String, session: &Session) -> Result<Exit, Failure> {
     let agent = session.agent().await?;
     let answer = agent
         .guest()
-        .thaw(ask(ThawGuestRequest { vm: vm.clone() }))
+        .thaw(ask_long(ThawGuestRequest { vm: vm.clone() }))
         .await
         .map_err(|status| agent.failure(&status))?
         .into_inner();
@@ -376,11 +385,100 @@ fn held(
     Ok(Exit::Done)
 }
 
+async fn update(names: Vec<String>, session: &Session) -> Result<Exit, Failure> {
+    let agent = session.agent().await?;
+    let (done, exit) = each(&names, session, |vm| async {
+        agent
+            .guest()
+            .update_guest(ask_long(UpdateGuestRequest { vm: vm.clone() }))
+            .await
+            .map(|answer| Of {
+                vm,
+                answer: GuestUpdate::from(answer.into_inner()),
+            })
+            .map_err(|status| agent.failure(&status))
+    })
+    .await;
+    session.printer.several(
+        &done,
+        names.len(),
+        |done| &done.vm,
+        |done, _| {
+            let (vm, update) = (printable(&done.vm), &done.answer);
+            let (from, to) = (
+                printable(&update.from_version),
+                printable(&update.to_version),
+            );
+            if !update.replaced {
+                format!("The agent in {vm} is the host's program already ({to})\n")
+            } else if from == to {
+                format!("Replaced the agent in {vm} by another build of {to}\n")
+            } else {
+                format!("Replaced the agent in {vm}: {from} is now {to}\n")
+            }
+        },
+    )?;
+    Ok(exit)
+}
+
+async fn access(args: GuestAccess, session: &Session) -> Result<Exit, Failure> {
+    let agent = session.agent().await?;
+    let answer = agent
+        .guest()
+        .set_access(ask(SetGuestAccessRequest {
+            vm: args.name.clone(),
+            access: args.access == Switch::On,
+        }))
+        .await
+        .map_err(|status| agent.failure(&status))?
+        .into_inner();
+    let of = Of {
+        vm: args.name,
+        answer: AccessView::from(answer),
+    };
+    session.printer.several(
+        &[of],
+        1,
+        |of| &of.vm,
+        |of, _| {
+            let vm = printable(&of.vm);
+            if of.answer.access {
+                return format!("Guest access of {vm} is on\n");
+            }
+            let cut = usize::try_from(of.answer.sessions_cut).unwrap_or(usize::MAX);
+            format!(
+                "Guest access of {vm} is off; cut {}\n",
+                count(cut, "session", "sessions")
+            )
+        },
+    )?;
+    Ok(Exit::Done)
+}
+
+async fn address(args: GuestAddress, session: &Session) -> Result<Exit, Failure> {
+    let agent = session.agent().await?;
+    let address = args.address.0.map(|address| address.to_string());
+    agent
+        .guest()
+        .register_address(ask(RegisterGuestAddressRequest {
+            vm: args.name.clone(),
+            address: address.clone().unwrap_or_default(),
+        }))
+        .await
+        .map_err(|status| agent.failure(&status))?;
+    let vm = printable(&args.name);
+    let text = match address {
+        Some(address) => format!("Registered {address} for {vm}"),
+        None => format!("Forgot what was registered for {vm}"),
+    };
+    tell(&args.name, &text, session)
+}
+
 async fn shutdown(args: GuestShutdown, session: &Session) -> Result<Exit, Failure> {
     let agent = session.agent().await?;
     agent
         .guest()
-        .shutdown(ask(ShutdownGuestRequest {
+        .shutdown(ask_guest(ShutdownGuestRequest {
             vm: args.name.clone(),
             reboot: args.reboot,
             delay: args.delay.map(wire),

@@ -25,6 +25,7 @@ async fn create(args: KeyCreate, session: &Session) -> Result<Exit, Failure> {
             name: args.name,
             role: args.role.as_str().to_owned(),
             lifetime: args.lifetime.map(wire),
+            guest_access: args.no_guest_access.then_some(false),
         }))
         .await
         .map_err(|status| agent.failure(&status))?
@@ -37,9 +38,10 @@ async fn create(args: KeyCreate, session: &Session) -> Result<Exit, Failure> {
         |created, _| format!("{}\n", printable(&created.secret)),
     )?;
     session.printer.note(&format!(
-        "this is shown once; the key {} has the role {} and ends {}",
+        "this is shown once; the key {} has the role {}{} and ends {}",
         printable(&created.key.id),
         printable(&created.key.role),
+        describe::without_guests(created.key.guest_access),
         time_until(created.key.expires_at.as_deref())
     ));
     Ok(Exit::Done)

@@ -13,18 +13,22 @@ use crate::text::{printable, time_until};
 
 pub(super) async fn run(command: TrustCommand, session: &Session) -> Result<Exit, Failure> {
     match command {
-        TrustCommand::Token { role } => token(role, session).await,
+        TrustCommand::Token {
+            role,
+            no_guest_access,
+        } => token(role, no_guest_access, session).await,
         TrustCommand::List => list(session).await,
         TrustCommand::Revoke { ids } => revoke(ids, session).await,
     }
 }
 
-async fn token(role: Role, session: &Session) -> Result<Exit, Failure> {
+async fn token(role: Role, no_guest_access: bool, session: &Session) -> Result<Exit, Failure> {
     let agent = session.agent().await?;
     let token: JoinToken = agent
         .access()
         .create_token(ask(CreateTokenRequest {
             role: role.as_str().to_owned(),
+            guest_access: no_guest_access.then_some(false),
         }))
         .await
         .map_err(|status| agent.failure(&status))?
@@ -37,8 +41,9 @@ async fn token(role: Role, session: &Session) -> Result<Exit, Failure> {
         |token, _| format!("{}\n", printable(&token.token)),
     )?;
     session.printer.note(&format!(
-        "good for one {} and ends {}; on the other machine:\n  ghostctl context add NAME --endpoint https://THIS-HOST:9090 --token TOKEN",
+        "good for one {}{} and ends {}; on the other machine:\n  ghostctl context add NAME --endpoint https://THIS-HOST:9090 --token TOKEN",
         printable(&token.role),
+        describe::without_guests(token.guest_access),
         time_until(token.expires_at.as_deref())
     ));
     Ok(Exit::Done)

@@ -31,6 +31,10 @@ use crate::printer::Printer;
 
 /// What a unary request may take before the agent counts as hung.
 const CALL_DEADLINE: Duration = Duration::from_secs(30);
+/// The agent gives up after a minute.
+const GUEST_DEADLINE: Duration = Duration::from_secs(65);
+/// The agent's longest deadline is ten minutes.
+const LONG_DEADLINE: Duration = Duration::from_secs(605);
 
 /// Room for lists of thousands of VMs.
 const MESSAGE_LIMIT: usize = 64 << 20;
@@ -230,7 +234,22 @@ impl Agent {
 
 /// A unary request with its deadline.
 pub(crate) fn ask<T>(message: T) -> Request<T> {
+    ask_within(message, CALL_DEADLINE)
+}
+
+/// The same for a short request to a guest, in which programs of the guest have a part.
+pub(crate) fn ask_guest<T>(message: T) -> Request<T> {
+    ask_within(message, GUEST_DEADLINE)
+}
+
+/// The same for what takes its time: hooks of a guest, a new agent for it, the whole audit log. The
+/// agent's own deadline for each ends before.
+pub(crate) fn ask_long<T>(message: T) -> Request<T> {
+    ask_within(message, LONG_DEADLINE)
+}
+
+fn ask_within<T>(message: T, deadline: Duration) -> Request<T> {
     let mut request = Request::new(message);
-    request.set_timeout(CALL_DEADLINE);
+    request.set_timeout(deadline);
     request
 }

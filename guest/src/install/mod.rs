@@ -41,9 +41,24 @@ impl Service {
 
     /// What the guest has.
     pub fn detect(root: &Path) -> Self {
-        let has = |path: &str| root.join(path).exists();
-        if has("run/systemd/system") || has("lib/systemd/systemd") || has("usr/lib/systemd/systemd")
-        {
+        let has = |path: &str| fs::symlink_metadata(root.join(path)).is_ok();
+        // What has booted says so itself (sd_booted(3); OpenRC makes its folder at once).
+        if has("run/systemd/system") {
+            return Self::Systemd;
+        }
+        if has("run/openrc") {
+            return Self::OpenRc;
+        }
+        // Elsewhere, what would boot. Several may be installed: Debian keeps systemd's programs
+        // beside SysV's init, and OpenRC's beside either.
+        let init = ["sbin/init", "usr/sbin/init"]
+            .iter()
+            .find_map(|path| fs::read_link(root.join(path)).ok());
+        let starts_systemd =
+            init.is_some_and(|target| target.file_name().is_some_and(|name| name == "systemd"));
+        let other = !starts_systemd && (has("sbin/init") || has("usr/sbin/init"));
+        let systemd = has("lib/systemd/systemd") || has("usr/lib/systemd/systemd");
+        if starts_systemd || (systemd && !other) {
             Self::Systemd
         } else if has("sbin/openrc-run") || has("usr/sbin/openrc-run") {
             Self::OpenRc
@@ -337,6 +352,34 @@ mod tests {
         }
         let bare = guest("bin/");
         assert_eq!(Service::detect(bare.path()), Service::None);
+    }
+
+    #[test]
+    fn of_several_service_managers_the_one_that_boots_is_taken() {
+        let root = tempfile::tempdir().unwrap();
+        let at = |path: &str| {
+            let path = root.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            path
+        };
+        // Debian with sysvinit-core: systemd's programs stay, its links and folders too.
+        fs::write(at("usr/lib/systemd/systemd"), "").unwrap();
+        fs::write(at("etc/init.d/rc"), "").unwrap();
+        fs::write(at("usr/sbin/init"), "").unwrap();
+        symlink("usr/sbin", at("sbin")).unwrap();
+        assert_eq!(Service::detect(root.path()), Service::SysV);
+        // With openrc beside it.
+        fs::write(at("usr/sbin/openrc-run"), "").unwrap();
+        assert_eq!(Service::detect(root.path()), Service::OpenRc);
+        // systemd-sysv makes init a link.
+        fs::remove_file(at("usr/sbin/init")).unwrap();
+        symlink("/lib/systemd/systemd", at("usr/sbin/init")).unwrap();
+        assert_eq!(Service::detect(root.path()), Service::Systemd);
+        // What runs goes before what is there.
+        fs::create_dir_all(at("run/openrc")).unwrap();
+        assert_eq!(Service::detect(root.path()), Service::OpenRc);
+        fs::create_dir_all(at("run/systemd/system")).unwrap();
+        assert_eq!(Service::detect(root.path()), Service::Systemd);
     }
 
     #[test]

@@ -13,6 +13,7 @@
 mod call;
 mod clean;
 mod connection;
+mod elf;
 mod events;
 mod exec;
 mod files;

@@ -94,8 +94,8 @@ impl GuestProgram {
     /// the disk: not for an executor's thread when the program may have changed.
     ///
     /// # Errors
-    /// When a file is there and cannot be read, is empty, is not a regular file or is larger than
-    /// [`MOST_PROGRAM_BYTES`].
+    /// When a file is there and cannot be read, is no static program for this host's architecture,
+    /// is not a regular file or is larger than [`MOST_PROGRAM_BYTES`].
     pub fn find(&self) -> io::Result<Option<GuestProgramFile>> {
         Ok(self.open()?.map(|(file, _)| file))
     }
@@ -127,6 +127,12 @@ impl GuestProgram {
             {
                 return Ok(Some((known.file.clone(), file)));
             }
+            super::elf::check(&file).map_err(|error| {
+                io::Error::new(
+                    error.kind(),
+                    format!("{} cannot be put into guests: {error}", path.display()),
+                )
+            })?;
             let found = GuestProgramFile {
                 path: path.clone(),
                 sha256: checksum(&mut file)?,
@@ -175,8 +181,14 @@ fn checksum(file: &mut File) -> io::Result<[u8; 32]> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::elf::tests::head;
     use super::*;
     use std::fs;
+
+    /// A program that says `word`, for all that is looked at.
+    fn program_of(word: &str) -> Vec<u8> {
+        [&head()[..], word.as_bytes()].concat()
+    }
 
     #[test]
     fn the_checksum_follows_the_file() {
@@ -184,15 +196,15 @@ mod tests {
         let path = folder.path().join(PROGRAM_NAME);
         let program = GuestProgram::at(&path);
         assert_eq!(program.find().unwrap(), None);
-        fs::write(&path, "one").unwrap();
+        fs::write(&path, program_of("one")).unwrap();
         let first = program.find().unwrap().unwrap();
-        assert_eq!(first.sha256[..], Sha256::digest("one")[..]);
+        assert_eq!(first.sha256[..], Sha256::digest(program_of("one"))[..]);
         assert_eq!(program.find().unwrap().unwrap(), first);
         // An update replaces the file, as package managers do.
-        fs::write(folder.path().join("new"), "two").unwrap();
+        fs::write(folder.path().join("new"), program_of("two")).unwrap();
         fs::rename(folder.path().join("new"), &path).unwrap();
         let second = program.find().unwrap().unwrap();
-        assert_eq!(second.sha256[..], Sha256::digest("two")[..]);
+        assert_eq!(second.sha256[..], Sha256::digest(program_of("two"))[..]);
     }
 
     #[test]
@@ -204,6 +216,13 @@ mod tests {
         assert!(GuestProgram::at(&path).find().is_err());
         file.set_len(MOST_PROGRAM_BYTES + 1).unwrap();
         assert!(GuestProgram::at(&path).find().is_err());
+        let script = folder.path().join("script");
+        fs::write(&script, "#!/bin/sh\n").unwrap();
+        let refused = GuestProgram::at(&script).find().unwrap_err().to_string();
+        assert!(
+            refused.contains("script cannot be put into guests"),
+            "{refused}"
+        );
         assert_eq!(GuestProgram::none().find().unwrap(), None);
     }
 }

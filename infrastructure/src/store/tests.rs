@@ -43,6 +43,7 @@ fn put(number: u128) -> Vec<Change> {
         id: CredentialId::from_uuid(uuid::Uuid::from_u128(number * 2 + half)),
         secret_hash: [u8::try_from(number).unwrap(); 32],
         role: Role::Viewer,
+        guest_access: true,
         created_at: Timestamp::default(),
         expires_at: Timestamp::default(),
     };

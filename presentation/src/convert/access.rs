@@ -34,6 +34,7 @@ pub fn identity(principal: &Principal) -> message::Identity {
         id,
         server: "agent".to_owned(),
         tenant,
+        guest_access: Some(principal.guest_access),
     }
 }
 
@@ -43,6 +44,7 @@ pub fn join_token(text: &Secret, token: &JoinToken) -> message::JoinToken {
         token: text.expose().to_owned(),
         expires_at: Some(timestamp(token.expires_at)),
         role: token.role.as_str().to_owned(),
+        guest_access: Some(token.guest_access),
     }
 }
 
@@ -66,6 +68,7 @@ pub fn certificate(certificate: &Certificate) -> message::Certificate {
         created_at: Some(timestamp(certificate.created_at)),
         expires_at: Some(timestamp(certificate.expires_at)),
         revoked_at: certificate.revoked_at.map(timestamp),
+        guest_access: Some(certificate.guest_access),
     }
 }
 
@@ -78,6 +81,7 @@ pub fn api_key(key: &ApiKey) -> message::ApiKey {
         created_at: Some(timestamp(key.created_at)),
         expires_at: key.expires_at.map(timestamp),
         revoked_at: key.revoked_at.map(timestamp),
+        guest_access: Some(key.guest_access),
     }
 }
 

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use ghost_application::GuestSample;
 use ghost_application::guest::{
-    GuestHistoryView, GuestPing, GuestStatusView, LockdownView, TelemetryView,
+    GuestAccessView, GuestHistoryView, GuestPing, GuestStatusView, GuestUpdateView, LockdownView,
+    TelemetryView,
 };
 use ghost_domain::guest::{
     AuditEntry, AuditVerdict, DirectoryMake, ExecExit, ExecRequest, FileSum, FileWrite,
@@ -270,6 +271,24 @@ pub fn address(text: &str) -> Result<IpAddr> {
             "an IPv4 or IPv6 address, without a prefix length",
         )
     })
+}
+
+/// What became of an update.
+pub fn guest_update(view: &GuestUpdateView) -> message::UpdateGuestResponse {
+    message::UpdateGuestResponse {
+        from_version: view.from.clone(),
+        to_version: view.to.clone(),
+        replaced: view.replaced,
+    }
+}
+
+/// How the guest access of a VM stands.
+pub fn guest_access(view: GuestAccessView) -> message::GuestAccess {
+    message::GuestAccess {
+        vm_id: view.vm.to_string(),
+        access: view.access,
+        sessions_cut: view.sessions_cut,
+    }
 }
 
 /// How the way into a guest stands.

@@ -3,7 +3,7 @@
 
 use ghost_domain::Role;
 
-use crate::access::{Access, Shape};
+use crate::access::{Access, GUEST, HOOKS, Shape, UPDATE, WHOLE_LOG};
 
 /// What is fixed of a method.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +32,23 @@ const fn stream(path: &'static str, role: Role) -> Method {
     }
 }
 
+const fn long(path: &'static str, role: Role, shape: Shape) -> Method {
+    Method {
+        path,
+        access: Access::Role(role),
+        shape,
+    }
+}
+
+/// What enters a guest.
+const fn enters(path: &'static str, shape: Shape) -> Method {
+    Method {
+        path,
+        access: Access::Guests,
+        shape,
+    }
+}
+
 const fn anyone(path: &'static str, shape: Shape) -> Method {
     Method {
         path,
@@ -56,7 +73,7 @@ pub const METHODS: &[Method] = &[
     unary("/ghost.agent.v1.VmService/Pause", Operator),
     unary("/ghost.agent.v1.VmService/Resume", Operator),
     // A console is the guest's keyboard, and its log may hold what was typed or printed there.
-    stream("/ghost.agent.v1.VmService/Console", Operator),
+    enters("/ghost.agent.v1.VmService/Console", Shape::Stream),
     stream("/ghost.agent.v1.VmService/Logs", Operator),
     unary("/ghost.agent.v1.ImageService/Get", Viewer),
     unary("/ghost.agent.v1.ImageService/List", Viewer),
@@ -84,18 +101,21 @@ pub const METHODS: &[Method] = &[
     unary("/ghost.agent.v1.AccessService/RevokeKey", Admin),
     unary("/ghost.agent.v1.GuestService/GetStatus", Viewer),
     unary("/ghost.agent.v1.GuestService/Ping", Viewer),
-    stream("/ghost.agent.v1.GuestService/Exec", Operator),
-    unary("/ghost.agent.v1.GuestService/StatFile", Operator),
-    unary("/ghost.agent.v1.GuestService/ListFiles", Operator),
-    unary("/ghost.agent.v1.GuestService/MakeDirectory", Operator),
-    stream("/ghost.agent.v1.GuestService/ReadFile", Operator),
-    stream("/ghost.agent.v1.GuestService/WriteFile", Operator),
-    unary("/ghost.agent.v1.GuestService/Shutdown", Operator),
-    unary("/ghost.agent.v1.GuestService/SetPassword", Operator),
-    unary("/ghost.agent.v1.GuestService/UpdateSshKeys", Operator),
-    unary("/ghost.agent.v1.GuestService/SyncClock", Operator),
-    unary("/ghost.agent.v1.GuestService/Freeze", Operator),
-    unary("/ghost.agent.v1.GuestService/Thaw", Operator),
+    enters("/ghost.agent.v1.GuestService/Exec", Shape::Stream),
+    enters("/ghost.agent.v1.GuestService/StatFile", GUEST),
+    enters("/ghost.agent.v1.GuestService/ListFiles", GUEST),
+    enters("/ghost.agent.v1.GuestService/MakeDirectory", GUEST),
+    enters("/ghost.agent.v1.GuestService/ReadFile", Shape::Stream),
+    enters("/ghost.agent.v1.GuestService/WriteFile", Shape::Stream),
+    enters("/ghost.agent.v1.GuestService/Shutdown", GUEST),
+    enters("/ghost.agent.v1.GuestService/SetPassword", GUEST),
+    enters("/ghost.agent.v1.GuestService/UpdateSshKeys", GUEST),
+    enters("/ghost.agent.v1.GuestService/SyncClock", GUEST),
+    enters("/ghost.agent.v1.GuestService/Freeze", HOOKS),
+    enters("/ghost.agent.v1.GuestService/Thaw", HOOKS),
+    enters("/ghost.agent.v1.GuestService/UpdateGuest", UPDATE),
+    // Off is for every operator; the use case asks for more where it is to be on.
+    unary("/ghost.agent.v1.GuestService/SetAccess", Operator),
     unary("/ghost.agent.v1.GuestService/GetHistory", Viewer),
     stream("/ghost.agent.v1.GuestService/WatchTelemetry", Viewer),
     unary("/ghost.agent.v1.GuestService/RegisterAddress", Operator),
@@ -103,7 +123,7 @@ pub const METHODS: &[Method] = &[
     unary("/ghost.agent.v1.GuestService/GetLockdown", Viewer),
     // Who did what is for those who answer for it.
     stream("/ghost.agent.v1.GuestService/ListAudit", Admin),
-    unary("/ghost.agent.v1.GuestService/VerifyAudit", Admin),
+    long("/ghost.agent.v1.GuestService/VerifyAudit", Admin, WHOLE_LOG),
     // For load balancers and orchestrators, which have no identity; says nothing but "serving".
     anyone("/grpc.health.v1.Health/Check", Shape::Unary),
     anyone("/grpc.health.v1.Health/Watch", Shape::Stream),
@@ -130,8 +150,8 @@ mod tests {
 
     use super::*;
 
-    /// Path and shape of every RPC of an encoded descriptor set.
-    fn described(encoded: &[u8]) -> BTreeMap<String, Shape> {
+    /// Path of every RPC of an encoded descriptor set, and whether it streams.
+    fn described(encoded: &[u8]) -> BTreeMap<String, bool> {
         let set = prost_types::FileDescriptorSet::decode(encoded).unwrap();
         let mut found = BTreeMap::new();
         for file in &set.file {
@@ -139,8 +159,7 @@ mod tests {
                 for method in &service.method {
                     let path = format!("/{}.{}/{}", file.package(), service.name(), method.name());
                     let streams = method.client_streaming() || method.server_streaming();
-                    let shape = if streams { Shape::Stream } else { Shape::Unary };
-                    found.insert(path, shape);
+                    found.insert(path, streams);
                 }
             }
         }
@@ -156,12 +175,39 @@ mod tests {
         expected.extend(described(
             tonic_reflection::pb::v1alpha::FILE_DESCRIPTOR_SET,
         ));
-        let declared: BTreeMap<String, Shape> = METHODS
+        let declared: BTreeMap<String, bool> = METHODS
             .iter()
-            .map(|method| (method.path.to_owned(), method.shape))
+            .map(|method| (method.path.to_owned(), method.shape.is_stream()))
             .collect();
         assert_eq!(declared, expected);
         assert_eq!(declared.len(), METHODS.len(), "a path stands twice");
+    }
+
+    /// What a guest service's call needs is decided here by name, so that a new one is not forgotten.
+    #[test]
+    fn whatever_enters_a_guest_needs_more_than_a_role() {
+        let elsewhere = [
+            // What is looked at, or is of the host's own.
+            "GetStatus",
+            "Ping",
+            "GetHistory",
+            "WatchTelemetry",
+            "RegisterAddress",
+            "SetAccess",
+            "SetLockdown",
+            "GetLockdown",
+            "ListAudit",
+            "VerifyAudit",
+        ];
+        let mut entering = 0;
+        for method in METHODS {
+            let guest = method.path.strip_prefix("/ghost.agent.v1.GuestService/");
+            let enters = guest.is_some_and(|name| !elsewhere.contains(&name))
+                || method.path == "/ghost.agent.v1.VmService/Console";
+            assert_eq!(method.access == Access::Guests, enters, "{}", method.path);
+            entering += usize::from(enters);
+        }
+        assert!(entering > 10);
     }
 
     #[test]

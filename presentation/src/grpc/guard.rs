@@ -12,7 +12,7 @@ use axum::http::{HeaderMap, HeaderValue, Request, Response};
 use bytes::Bytes;
 use futures::FutureExt;
 use ghost_application::UseCases;
-use ghost_domain::{Error, ErrorCode, Principal, PrincipalSource, Result, Timestamp};
+use ghost_domain::{Error, ErrorCode, Principal, PrincipalSource, Result, Role, Timestamp};
 use http_body::{Frame, SizeHint};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -37,6 +37,8 @@ pub(crate) struct Watch {
     pub(crate) recorder: Arc<Recorder>,
     pub(crate) trace: Option<TraceParent>,
     pub(crate) timeout: Duration,
+    /// Whether operators of the local socket may enter guests.
+    pub(crate) group_guest_access: bool,
     pub(crate) unary_room: Arc<Semaphore>,
     /// How often the identity behind a stream is looked at again.
     pub(crate) recheck: Duration,
@@ -170,25 +172,25 @@ where
     };
     match method.access {
         Access::Anyone => {}
-        Access::Role(role) => {
+        Access::Role(_) | Access::Guests => {
             let principal = principal?;
             let span = Span::current();
             span.record("principal", principal.name.as_str());
             span.record("role", principal.role.as_str());
-            principal.require(role)?;
+            method.access.check(&principal)?;
             request.extensions_mut().insert(principal);
         }
     }
     let _room = match method.shape {
         Shape::Stream => None,
-        Shape::Unary => Some(watch.unary_room.try_acquire().map_err(|_| {
+        Shape::Unary | Shape::Long(_) => Some(watch.unary_room.try_acquire().map_err(|_| {
             Error::new(ErrorCode::TooManyRequests, "too many calls at once")
                 .hint("try again in a moment")
                 .retry_after(Duration::from_secs(1))
         })?),
     };
     let guardian = match method.shape {
-        Shape::Unary => None,
+        Shape::Unary | Shape::Long(_) => None,
         Shape::Stream => {
             let leash = Leash::new(&watch.shutdown);
             request.extensions_mut().insert(leash.clone());
@@ -205,18 +207,13 @@ where
     };
     // A panic in a handler is our fault and one call's end, not the connection's.
     let call = AssertUnwindSafe(inner.call(request)).catch_unwind();
-    let answered = match method.shape {
-        Shape::Stream => call.await,
-        Shape::Unary => tokio::time::timeout(watch.timeout, call)
-            .await
-            .map_err(|_| {
-                Error::new(ErrorCode::DeadlineExceeded, "the call took too long")
-                    .because(format!(
-                        "it was given up after {} s",
-                        watch.timeout.as_secs()
-                    ))
-                    .hint("what it began may still take effect: look, then try again")
-            })?,
+    let answered = match method.shape.deadline(watch.timeout) {
+        None => call.await,
+        Some(deadline) => tokio::time::timeout(deadline, call).await.map_err(|_| {
+            Error::new(ErrorCode::DeadlineExceeded, "the call took too long")
+                .because(format!("it was given up after {} s", deadline.as_secs()))
+                .hint("what it began may still take effect: look, then try again")
+        })?,
     };
     match answered {
         Ok(Ok(mut response)) => {
@@ -238,6 +235,7 @@ async fn authenticate(watch: &Watch, peer: &Peer) -> Result<Principal> {
                 name: peer.name.clone(),
                 role,
                 source: PrincipalSource::Socket { uid: peer.uid },
+                guest_access: role >= Role::Admin || watch.group_guest_access,
             }),
             None => Err(refused("this user may not use the agent's socket").hint(
                 "the host's owner can let you in: usermod --append --groups ghost USER",
@@ -273,14 +271,11 @@ async fn hold(
 ) {
     loop {
         tokio::time::sleep(watch.recheck).await;
-        let Access::Role(role) = method.access else {
-            return;
-        };
         // A stream that was allowed goes on past the certificate's end: it would be allowed again
         // with the renewed one. Revocation and a lost role end it.
         let authenticate = &watch.use_cases.authenticate_certificate;
         let checked = authenticate.execute(certificate.credential).await;
-        if let Err(error) = checked.and_then(|principal| principal.require(role)) {
+        if let Err(error) = checked.and_then(|principal| method.access.check(&principal)) {
             leash.pull(error);
             return;
         }

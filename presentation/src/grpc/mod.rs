@@ -60,6 +60,9 @@ pub struct Options {
     pub connections: ConnectionLimits,
     /// How long a unary call may take.
     pub timeout: Duration,
+    /// Whether members of the socket's group, who are operators, may enter guests. Root and the
+    /// agent's own user always may.
+    pub group_guest_access: bool,
     /// Most unary calls at once over all connections.
     pub most_calls: usize,
     /// How often the identity behind a stream is looked at again: how late a revocation counts.
@@ -76,6 +79,7 @@ impl Default for Options {
             trace: None,
             connections: ConnectionLimits::default(),
             timeout: Duration::from_secs(30),
+            group_guest_access: true,
             most_calls: 1024,
             recheck: Duration::from_secs(15),
             grace: Duration::from_secs(3),
@@ -111,6 +115,7 @@ pub async fn serve(
         recorder,
         trace: options.trace,
         timeout: options.timeout,
+        group_guest_access: options.group_guest_access,
         unary_room: Arc::new(Semaphore::new(options.most_calls)),
         recheck: options.recheck,
         shutdown: shutdown.clone(),

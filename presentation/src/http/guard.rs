@@ -11,7 +11,7 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use futures::FutureExt;
-use ghost_domain::{Error, ErrorCode, Principal, Result, Role, Secret};
+use ghost_domain::{Error, ErrorCode, Principal, Result, Secret};
 use tracing::{Instrument, Span};
 
 use super::Shell;
@@ -102,19 +102,22 @@ async fn pass(
         return Err(Error::new(ErrorCode::NotFound, "there is no such route")
             .hint("see /v1/openapi.json for those there are"));
     };
-    if let Access::Role(role) = route.access {
+    if route.access != Access::Anyone {
         let key = key_of(request.headers())?;
         let principal = authenticate(shell, &key).await?;
         let span = Span::current();
         span.record("principal", principal.name.as_str());
         span.record("role", principal.role.as_str());
-        principal.require(role)?;
+        let access = route.access;
+        access.check(&principal)?;
         request.extensions_mut().insert(principal);
-        request.extensions_mut().insert(PresentedKey { key, role });
+        request
+            .extensions_mut()
+            .insert(PresentedKey { key, access });
     }
     let _room = match route.shape {
         Shape::Stream => None,
-        Shape::Unary => Some(shell.room.try_acquire().map_err(|_| {
+        Shape::Unary | Shape::Long(_) => Some(shell.room.try_acquire().map_err(|_| {
             Error::new(ErrorCode::TooManyRequests, "too many requests at once")
                 .hint("try again in a moment")
                 .retry_after(Duration::from_secs(1))
@@ -122,18 +125,13 @@ async fn pass(
     };
     // A panic in a handler is our fault and one request's end, not the connection's.
     let call = AssertUnwindSafe(next.run(request)).catch_unwind();
-    let answered = match route.shape {
-        Shape::Stream => call.await,
-        Shape::Unary => tokio::time::timeout(shell.options.timeout, call)
-            .await
-            .map_err(|_| {
-                Error::new(ErrorCode::DeadlineExceeded, "the request took too long")
-                    .because(format!(
-                        "it was given up after {} s",
-                        shell.options.timeout.as_secs()
-                    ))
-                    .hint("what it began may still take effect: look, then try again")
-            })?,
+    let answered = match route.shape.deadline(shell.options.timeout) {
+        None => call.await,
+        Some(deadline) => tokio::time::timeout(deadline, call).await.map_err(|_| {
+            Error::new(ErrorCode::DeadlineExceeded, "the request took too long")
+                .because(format!("it was given up after {} s", deadline.as_secs()))
+                .hint("what it began may still take effect: look, then try again")
+        })?,
     };
     answered.map_err(|_| Error::internal("the agent stumbled over this request"))
 }
@@ -146,7 +144,7 @@ async fn authenticate(shell: &Shell, key: &Secret) -> Result<Principal> {
 #[derive(Clone, Debug)]
 pub(super) struct PresentedKey {
     key: Secret,
-    role: Role,
+    access: Access,
 }
 
 impl PresentedKey {
@@ -155,7 +153,8 @@ impl PresentedKey {
     /// # Errors
     /// `Unauthenticated`, `PermissionDenied`.
     pub(super) async fn check(&self, shell: &Shell) -> Result<()> {
-        authenticate(shell, &self.key).await?.require(self.role)
+        let principal = authenticate(shell, &self.key).await?;
+        self.access.check(&principal)
     }
 }
 

@@ -184,6 +184,7 @@ fn described(agent: &AgentInfo) -> OpenApiRouter<Arc<Shell>> {
         .routes(routes!(guest::update_ssh_keys))
         .routes(routes!(guest::sync_clock))
         .routes(routes!(guest::update_agent))
+        .routes(routes!(guest::set_access))
         .routes(routes!(guest::freeze))
         .routes(routes!(guest::thaw))
         .routes(routes!(guest::get_lockdown, guest::set_lockdown))

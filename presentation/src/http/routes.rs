@@ -4,7 +4,7 @@
 use axum::http::Method;
 use ghost_domain::Role::{self, Admin, Operator, Viewer};
 
-use crate::access::{Access, Shape};
+use crate::access::{Access, GUEST, HOOKS, Shape, UPDATE, WHOLE_LOG};
 
 /// What is fixed of a route.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +46,25 @@ const fn stream(method: &'static str, path: &'static str, role: Role) -> Route {
     }
 }
 
+const fn long(method: &'static str, path: &'static str, role: Role, shape: Shape) -> Route {
+    Route {
+        method,
+        path,
+        access: Access::Role(role),
+        shape,
+    }
+}
+
+/// What enters a guest.
+const fn enters(method: &'static str, path: &'static str, shape: Shape) -> Route {
+    Route {
+        method,
+        path,
+        access: Access::Guests,
+        shape,
+    }
+}
+
 /// Every route that is served.
 pub const ROUTES: &[Route] = &[
     open("/health"),
@@ -77,51 +96,53 @@ pub const ROUTES: &[Route] = &[
     unary("GET", "/v1/networks/{name}", Viewer),
     unary("GET", "/v1/host", Viewer),
     // What runs in guests takes as long as it takes; each of these has bounds of its own.
-    stream("GET", "/v1/vms/{vm}/exec", Operator),
-    stream("POST", "/v1/vms/{vm}/exec", Operator),
-    stream("GET", "/v1/vms/{vm}/shell", Operator),
-    stream("GET", "/v1/vms/{vm}/files", Operator),
-    stream("PUT", "/v1/vms/{vm}/files", Operator),
+    enters("GET", "/v1/vms/{vm}/exec", Shape::Stream),
+    enters("POST", "/v1/vms/{vm}/exec", Shape::Stream),
+    enters("GET", "/v1/vms/{vm}/shell", Shape::Stream),
+    enters("GET", "/v1/vms/{vm}/files", Shape::Stream),
+    enters("PUT", "/v1/vms/{vm}/files", Shape::Stream),
     unary("GET", "/v1/vms/{vm}/guest", Viewer),
     unary("POST", "/v1/vms/{vm}/guest/ping", Viewer),
     unary("GET", "/v1/vms/{vm}/history", Viewer),
     unary("POST", "/v1/vms/{vm}/guest-ip", Operator),
-    unary("POST", "/v1/vms/{vm}/guest/shutdown", Operator),
-    unary("POST", "/v1/vms/{vm}/guest/password", Operator),
-    unary("POST", "/v1/vms/{vm}/guest/ssh-keys", Operator),
-    unary("POST", "/v1/vms/{vm}/guest/clock", Operator),
-    stream("POST", "/v1/vms/{vm}/guest/update", Operator),
-    unary("POST", "/v1/vms/{vm}/guest/freeze", Operator),
-    unary("POST", "/v1/vms/{vm}/guest/thaw", Operator),
+    enters("POST", "/v1/vms/{vm}/guest/shutdown", GUEST),
+    enters("POST", "/v1/vms/{vm}/guest/password", GUEST),
+    enters("POST", "/v1/vms/{vm}/guest/ssh-keys", GUEST),
+    enters("POST", "/v1/vms/{vm}/guest/clock", GUEST),
+    enters("POST", "/v1/vms/{vm}/guest/update", UPDATE),
+    // Off is for every operator; the use case asks for more where it is to be on.
+    unary("PUT", "/v1/vms/{vm}/guest/access", Operator),
+    enters("POST", "/v1/vms/{vm}/guest/freeze", HOOKS),
+    enters("POST", "/v1/vms/{vm}/guest/thaw", HOOKS),
     unary("GET", "/v1/lockdown", Viewer),
     unary("PUT", "/v1/lockdown", Admin),
     // Who did what is for those who answer for it.
     unary("GET", "/v1/audit", Admin),
-    unary("GET", "/v1/audit/verify", Admin),
+    long("GET", "/v1/audit/verify", Admin, WHOLE_LOG),
     stream(
         "POST",
         "/limiquantix.compute.v1.VMService/PingAgent",
         Viewer,
     ),
-    stream(
+    enters(
         "POST",
         "/limiquantix.compute.v1.VMService/ExecuteScript",
-        Operator,
+        Shape::Stream,
     ),
-    stream(
+    enters(
         "POST",
         "/limiquantix.compute.v1.VMService/ReadGuestFile",
-        Operator,
+        Shape::Stream,
     ),
-    stream(
+    enters(
         "POST",
         "/limiquantix.compute.v1.VMService/WriteGuestFile",
-        Operator,
+        Shape::Stream,
     ),
-    stream(
+    enters(
         "POST",
         "/limiquantix.compute.v1.VMService/GuestShutdown",
-        Operator,
+        Shape::Stream,
     ),
 ];
 

@@ -103,7 +103,7 @@ impl Recorder {
     /// A gRPC call has ended. Streams last as long as somebody watches, which is no latency.
     pub(crate) fn rpc(&self, method: &str, code: &str, shape: Shape, took: Duration) {
         match shape {
-            Shape::Unary => self
+            Shape::Unary | Shape::Long(_) => self
                 .rpc_seconds
                 .with_label_values(&[method, code])
                 .observe(took.as_secs_f64()),

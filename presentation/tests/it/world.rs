@@ -57,6 +57,8 @@ pub(crate) struct World {
     pub(crate) operator: CredentialId,
     pub(crate) admin: CredentialId,
     pub(crate) revoked: CredentialId,
+    /// An operator and an admin that may not enter guests.
+    pub(crate) confined: [CredentialId; 2],
 }
 
 impl World {
@@ -76,8 +78,12 @@ impl World {
 
     async fn with(power: ObservedPower, access: bool) -> Self {
         let knobs = Arc::new(Knobs::default());
-        let ids: [CredentialId; 4] = std::array::from_fn(|_| CredentialId::random());
-        let [viewer, operator, admin, revoked] = ids;
+        let ids: [CredentialId; 6] = std::array::from_fn(|_| CredentialId::random());
+        let [viewer, operator, admin, revoked, first, second] = ids;
+        let confined = |id, role| Certificate {
+            guest_access: false,
+            ..certificate(id, role, false)
+        };
         let mut vm = vm();
         vm.spec.guest.access = access;
         let id = vm.id;
@@ -89,6 +95,8 @@ impl World {
                 certificate(operator, Role::Operator, false),
                 certificate(admin, Role::Admin, false),
                 certificate(revoked, Role::Admin, true),
+                confined(first, Role::Operator),
+                confined(second, Role::Admin),
             ],
             ..StoreContents::default()
         };
@@ -102,6 +110,7 @@ impl World {
             operator,
             admin,
             revoked,
+            confined: [first, second],
         };
         world.until_ready().await;
         world
@@ -113,9 +122,15 @@ impl World {
 
     /// A new HTTP key.
     pub(crate) async fn key(&self, role: Role) -> String {
+        self.key_with(role, true).await
+    }
+
+    /// A new HTTP key that may enter guests, or not.
+    pub(crate) async fn key_with(&self, role: Role, guest_access: bool) -> String {
         let command = ghost_application::access::CreateKeyCommand {
             name: format!("{role}-key"),
             role,
+            guest_access,
             lifetime: None,
         };
         let made = self
@@ -168,6 +183,7 @@ fn vm() -> Vm {
         desired: DesiredPower::Stopped,
         lifecycle: Lifecycle::Ready,
         created_at: Timestamp::from(SystemTime::now()),
+        registered_addresses: Vec::new(),
         crash_restarts: Vec::new(),
     }
 }
@@ -193,6 +209,7 @@ fn certificate(id: CredentialId, role: Role, revoked: bool) -> Certificate {
         id,
         name: format!("{role}@test"),
         role,
+        guest_access: true,
         created_at: now,
         expires_at: now.after(Duration::from_secs(86_400)),
         revoked_at: revoked.then_some(now),

@@ -4,6 +4,10 @@ pub struct CreateTokenRequest {
     /// viewer, operator or admin.
     #[prost(string, tag = "1")]
     pub role: ::prost::alloc::string::String,
+    /// Whether the certificate may enter guests (exec, shell, files, accounts, console), where its role
+    /// is enough. Absent: yes.
+    #[prost(bool, optional, tag = "2")]
+    pub guest_access: ::core::option::Option<bool>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct JoinToken {
@@ -15,6 +19,9 @@ pub struct JoinToken {
     pub expires_at: ::core::option::Option<::prost_types::Timestamp>,
     #[prost(string, tag = "3")]
     pub role: ::prost::alloc::string::String,
+    /// Absent, of older agents: yes.
+    #[prost(bool, optional, tag = "4")]
+    pub guest_access: ::core::option::Option<bool>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct EnrollRequest {
@@ -64,6 +71,9 @@ pub struct Identity {
     /// The tenant that the caller is bound to at Core; empty: to none.
     #[prost(string, tag = "6")]
     pub tenant: ::prost::alloc::string::String,
+    /// Absent, of older agents: yes.
+    #[prost(bool, optional, tag = "7")]
+    pub guest_access: ::core::option::Option<bool>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Certificate {
@@ -79,6 +89,9 @@ pub struct Certificate {
     pub expires_at: ::core::option::Option<::prost_types::Timestamp>,
     #[prost(message, optional, tag = "6")]
     pub revoked_at: ::core::option::Option<::prost_types::Timestamp>,
+    /// Absent, of older agents: yes.
+    #[prost(bool, optional, tag = "7")]
+    pub guest_access: ::core::option::Option<bool>,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ListCertificatesRequest {}
@@ -102,6 +115,9 @@ pub struct CreateKeyRequest {
     /// None: a key without end.
     #[prost(message, optional, tag = "3")]
     pub lifetime: ::core::option::Option<::prost_types::Duration>,
+    /// As in CreateTokenRequest.
+    #[prost(bool, optional, tag = "4")]
+    pub guest_access: ::core::option::Option<bool>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CreatedKey {
@@ -125,6 +141,9 @@ pub struct ApiKey {
     pub expires_at: ::core::option::Option<::prost_types::Timestamp>,
     #[prost(message, optional, tag = "6")]
     pub revoked_at: ::core::option::Option<::prost_types::Timestamp>,
+    /// Absent, of older agents: yes.
+    #[prost(bool, optional, tag = "7")]
+    pub guest_access: ::core::option::Option<bool>,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ListKeysRequest {}
@@ -1864,9 +1883,43 @@ pub struct GuestCloudInit {
     pub errors: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UpdateGuestRequest {
+    #[prost(string, tag = "1")]
+    pub vm: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UpdateGuestResponse {
+    /// The agent's version before and after.
+    #[prost(string, tag = "1")]
+    pub from_version: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub to_version: ::prost::alloc::string::String,
+    /// Whether it was replaced: not where it is the host's program already.
+    #[prost(bool, tag = "3")]
+    pub replaced: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SetGuestAccessRequest {
+    #[prost(string, tag = "1")]
+    pub vm: ::prost::alloc::string::String,
+    #[prost(bool, tag = "2")]
+    pub access: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GuestAccess {
+    #[prost(string, tag = "1")]
+    pub vm_id: ::prost::alloc::string::String,
+    #[prost(bool, tag = "2")]
+    pub access: bool,
+    /// Sessions that were cut.
+    #[prost(uint32, tag = "3")]
+    pub sessions_cut: u32,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RegisterGuestAddressRequest {
     #[prost(string, tag = "1")]
     pub vm: ::prost::alloc::string::String,
+    /// Empty: what was registered is forgotten.
     #[prost(string, tag = "2")]
     pub address: ::prost::alloc::string::String,
 }
@@ -2002,7 +2055,7 @@ pub mod guest_service_client {
     use tonic::codegen::http::Uri;
     /// What happens inside a VM, through ghost-guest and the virtio-serial channel: no network, no SSH.
     /// `vm` is a name, a full id or a unique prefix of an id. Everything that enters a guest needs the
-    /// role operator, a VM whose guest access is on, and no lockdown, and leaves a line in the audit log.
+    /// role operator with guest access, a VM whose guest access is on, and no lockdown, and leaves a line in the audit log.
     #[derive(Debug, Clone)]
     pub struct GuestServiceClient<T> {
         inner: tonic::client::Grpc<T>,
@@ -2408,6 +2461,55 @@ pub mod guest_service_client {
                 .insert(GrpcMethod::new("ghost.agent.v1.GuestService", "Thaw"));
             self.inner.unary(req, path, codec).await
         }
+        /// Replaces the guest's agent by the host's program; answered once the new one has greeted. The old
+        /// one is kept until then, and comes back where it does not.
+        pub async fn update_guest(
+            &mut self,
+            request: impl tonic::IntoRequest<super::UpdateGuestRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::UpdateGuestResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/ghost.agent.v1.GuestService/UpdateGuest",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("ghost.agent.v1.GuestService", "UpdateGuest"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Switches the guest access of a VM. Off cuts what goes on in it and is in force before anything is
+        /// written: it needs neither libvirt nor a VM that nothing is done with.
+        pub async fn set_access(
+            &mut self,
+            request: impl tonic::IntoRequest<super::SetGuestAccessRequest>,
+        ) -> std::result::Result<tonic::Response<super::GuestAccess>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/ghost.agent.v1.GuestService/SetAccess",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("ghost.agent.v1.GuestService", "SetAccess"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Telemetry of the last 24 h.
         pub async fn get_history(
             &mut self,
@@ -2457,7 +2559,8 @@ pub mod guest_service_client {
                 );
             self.inner.server_streaming(req, path, codec).await
         }
-        /// Registers an address of a VM by hand; it must match a lease or lie in the VM's subnet.
+        /// Registers an address of a VM by hand; it must match a lease or lie in the VM's subnet. It is kept
+        /// with the VM.
         pub async fn register_address(
             &mut self,
             request: impl tonic::IntoRequest<super::RegisterGuestAddressRequest>,
@@ -2683,6 +2786,21 @@ pub mod guest_service_server {
             tonic::Response<super::FreezeGuestResponse>,
             tonic::Status,
         >;
+        /// Replaces the guest's agent by the host's program; answered once the new one has greeted. The old
+        /// one is kept until then, and comes back where it does not.
+        async fn update_guest(
+            &self,
+            request: tonic::Request<super::UpdateGuestRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::UpdateGuestResponse>,
+            tonic::Status,
+        >;
+        /// Switches the guest access of a VM. Off cuts what goes on in it and is in force before anything is
+        /// written: it needs neither libvirt nor a VM that nothing is done with.
+        async fn set_access(
+            &self,
+            request: tonic::Request<super::SetGuestAccessRequest>,
+        ) -> std::result::Result<tonic::Response<super::GuestAccess>, tonic::Status>;
         /// Telemetry of the last 24 h.
         async fn get_history(
             &self,
@@ -2702,7 +2820,8 @@ pub mod guest_service_server {
             tonic::Response<Self::WatchTelemetryStream>,
             tonic::Status,
         >;
-        /// Registers an address of a VM by hand; it must match a lease or lie in the VM's subnet.
+        /// Registers an address of a VM by hand; it must match a lease or lie in the VM's subnet. It is kept
+        /// with the VM.
         async fn register_address(
             &self,
             request: tonic::Request<super::RegisterGuestAddressRequest>,
@@ -2738,7 +2857,7 @@ pub mod guest_service_server {
     }
     /// What happens inside a VM, through ghost-guest and the virtio-serial channel: no network, no SSH.
     /// `vm` is a name, a full id or a unique prefix of an id. Everything that enters a guest needs the
-    /// role operator, a VM whose guest access is on, and no lockdown, and leaves a line in the audit log.
+    /// role operator with guest access, a VM whose guest access is on, and no lockdown, and leaves a line in the audit log.
     #[derive(Debug)]
     pub struct GuestServiceServer<T> {
         inner: Arc<T>,
@@ -3434,6 +3553,96 @@ pub mod guest_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = ThawSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/ghost.agent.v1.GuestService/UpdateGuest" => {
+                    #[allow(non_camel_case_types)]
+                    struct UpdateGuestSvc<T: GuestService>(pub Arc<T>);
+                    impl<
+                        T: GuestService,
+                    > tonic::server::UnaryService<super::UpdateGuestRequest>
+                    for UpdateGuestSvc<T> {
+                        type Response = super::UpdateGuestResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::UpdateGuestRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as GuestService>::update_guest(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = UpdateGuestSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/ghost.agent.v1.GuestService/SetAccess" => {
+                    #[allow(non_camel_case_types)]
+                    struct SetAccessSvc<T: GuestService>(pub Arc<T>);
+                    impl<
+                        T: GuestService,
+                    > tonic::server::UnaryService<super::SetGuestAccessRequest>
+                    for SetAccessSvc<T> {
+                        type Response = super::GuestAccess;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::SetGuestAccessRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as GuestService>::set_access(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = SetAccessSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

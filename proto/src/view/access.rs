@@ -23,6 +23,8 @@ pub struct Identity {
     /// The tenant that the caller is bound to at Core; null: to none.
     #[serde(default)]
     pub tenant: Option<String>,
+    /// Whether it may enter guests, where the role is enough.
+    pub guest_access: bool,
 }
 
 impl From<message::Identity> for Identity {
@@ -34,6 +36,7 @@ impl From<message::Identity> for Identity {
             id: filled(identity.id),
             server: filled(identity.server),
             tenant: filled(identity.tenant),
+            guest_access: identity.guest_access.unwrap_or(true),
         }
     }
 }
@@ -57,6 +60,8 @@ pub struct Certificate {
     /// When it was revoked, RFC 3339; null while it was not.
     #[schema(format = DateTime)]
     pub revoked_at: Option<String>,
+    /// Whether its holder may enter guests, where the role is enough.
+    pub guest_access: bool,
 }
 
 impl From<message::Certificate> for Certificate {
@@ -68,6 +73,7 @@ impl From<message::Certificate> for Certificate {
             created_at: time_of(certificate.created_at.as_ref()),
             expires_at: optional_time(certificate.expires_at.as_ref()),
             revoked_at: optional_time(certificate.revoked_at.as_ref()),
+            guest_access: certificate.guest_access.unwrap_or(true),
         }
     }
 }
@@ -91,6 +97,8 @@ pub struct ApiKey {
     /// When it was revoked, RFC 3339; null while it was not.
     #[schema(format = DateTime)]
     pub revoked_at: Option<String>,
+    /// Whether its holder may enter guests, where the role is enough.
+    pub guest_access: bool,
 }
 
 impl From<message::ApiKey> for ApiKey {
@@ -102,6 +110,7 @@ impl From<message::ApiKey> for ApiKey {
             created_at: time_of(key.created_at.as_ref()),
             expires_at: optional_time(key.expires_at.as_ref()),
             revoked_at: optional_time(key.revoked_at.as_ref()),
+            guest_access: key.guest_access.unwrap_or(true),
         }
     }
 }
@@ -134,6 +143,8 @@ pub struct JoinToken {
     pub expires_at: Option<String>,
     /// The role that the certificate will have.
     pub role: String,
+    /// Whether it will enter guests, where the role is enough.
+    pub guest_access: bool,
 }
 
 impl From<message::JoinToken> for JoinToken {
@@ -142,6 +153,7 @@ impl From<message::JoinToken> for JoinToken {
             token: token.token,
             expires_at: optional_time(token.expires_at.as_ref()),
             role: token.role,
+            guest_access: token.guest_access.unwrap_or(true),
         }
     }
 }

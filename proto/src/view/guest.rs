@@ -114,6 +114,49 @@ impl From<message::PingGuestResponse> for GuestPing {
     }
 }
 
+/// What became of an update of the guest's agent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct GuestUpdate {
+    /// The agent's release before.
+    pub from_version: String,
+    /// The agent's release now.
+    pub to_version: String,
+    /// Whether it was replaced: not where it was the host's program already.
+    pub replaced: bool,
+}
+
+impl From<message::UpdateGuestResponse> for GuestUpdate {
+    fn from(answer: message::UpdateGuestResponse) -> Self {
+        Self {
+            from_version: answer.from_version,
+            to_version: answer.to_version,
+            replaced: answer.replaced,
+        }
+    }
+}
+
+/// How the guest access of a VM stands.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct GuestAccess {
+    /// UUID.
+    #[schema(format = Uuid)]
+    pub vm_id: String,
+    /// Whether its guest may be entered.
+    pub access: bool,
+    /// Sessions that were cut.
+    pub sessions_cut: u32,
+}
+
+impl From<message::GuestAccess> for GuestAccess {
+    fn from(answer: message::GuestAccess) -> Self {
+        Self {
+            vm_id: answer.vm_id,
+            access: answer.access,
+            sessions_cut: answer.sessions_cut,
+        }
+    }
+}
+
 /// A file, directory or link in a guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct GuestFile {

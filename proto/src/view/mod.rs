@@ -28,9 +28,9 @@ pub use fleet::{
     FleetToken, FleetUsage, FleetUser, FleetVm, Placement, RejectedHost, Tenant,
 };
 pub use guest::{
-    AuditEntry, AuditVerdict, GuestCloudInit, GuestFile, GuestFilesystem, GuestFreeze,
+    AuditEntry, AuditVerdict, GuestAccess, GuestCloudInit, GuestFile, GuestFilesystem, GuestFreeze,
     GuestHistory, GuestInterface, GuestLayer, GuestPing, GuestSample, GuestStatus, GuestTelemetry,
-    Lockdown,
+    GuestUpdate, Lockdown,
 };
 pub use host::{
     AgentStatus, Event, HostStatus, Hypervisor, Lease, Machine, Network, ResourceShares, Resources,

@@ -51,6 +51,7 @@ fn healthy() -> Facts {
                 disk_free: ByteSize::from_gib(50),
             }),
             reserved: Reserved::default(),
+            guest_program: Ok(Some("/usr/local/lib/ghost/ghost-guest".into())),
         },
         libvirt: Libvirt {
             uri: "qemu:///system".into(),
@@ -132,8 +133,31 @@ fn a_healthy_host_has_no_findings_and_everything_is_looked_at() {
         "ports",
         "group",
         "clock",
+        "guest-program",
     ] {
         assert!(checks.contains(check), "{check}");
+    }
+}
+
+#[test]
+fn a_program_for_guests_that_is_none_is_told_and_stops_nothing() {
+    let mut facts = healthy();
+    for (found, word) in [
+        (Ok(None), "there is no agent"),
+        (
+            Err("x is dynamically linked".to_owned()),
+            "dynamically linked",
+        ),
+    ] {
+        facts.local.guest_program = found;
+        let findings = before_start(&facts.local);
+        let told = findings.iter().find(|one| one.check == "guest-program");
+        let told = told.unwrap();
+        assert_eq!(told.level, Level::Warning);
+        assert!(
+            told.message.contains(word) && told.fix.is_some(),
+            "{told:?}"
+        );
     }
 }
 

@@ -160,13 +160,13 @@ impl Step for RedefineDomain {
     }
 }
 
-/// Applies a change to a record and raises its generation.
+/// Applies a change to a record and raises its generation. Not so guest access, which was switched
+/// when the change was asked for and may have been switched again since.
 pub(crate) fn apply_change(vm: &mut Vm, change: &VmChange) {
     let spec = &mut vm.spec;
     spec.vcpus = change.vcpus.unwrap_or(spec.vcpus);
     spec.memory = change.memory.unwrap_or(spec.memory);
     spec.delete_protection = change.delete_protection.unwrap_or(spec.delete_protection);
-    spec.guest.access = change.guest_access.unwrap_or(spec.guest.access);
     spec.restart_policy = change.restart_policy.unwrap_or(spec.restart_policy);
     if let Some(autostart) = change.autostart {
         spec.autostart = autostart;

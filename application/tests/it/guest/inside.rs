@@ -227,7 +227,7 @@ async fn until_shown(agent: &Agent, expected: &[&str]) {
 }
 
 async fn register(agent: &Agent, address: &str) -> Result<()> {
-    let address: IpAddr = address.parse().unwrap();
+    let address: Option<IpAddr> = (address != "none").then(|| address.parse().unwrap());
     agent
         .use_cases
         .register_guest_address
@@ -325,7 +325,7 @@ async fn an_address_is_registered_only_where_it_can_be_the_vms() {
     let taken = agent
         .use_cases
         .register_guest_address
-        .execute(&Agent::me(), &target("other"), "10.1.0.9".parse().unwrap())
+        .execute(&Agent::me(), &target("other"), "10.1.0.9".parse().ok())
         .await;
     assert!(taken.unwrap_err().to_string().contains("10.1.0.9"));
     let viewer = agent
@@ -334,11 +334,11 @@ async fn an_address_is_registered_only_where_it_can_be_the_vms() {
         .execute(
             &principal(Role::Viewer),
             &target("web"),
-            "10.1.0.8".parse().unwrap(),
+            "10.1.0.8".parse().ok(),
         )
         .await;
     assert_eq!(viewer.unwrap_err().code(), ErrorCode::PermissionDenied);
-    // It was of that run.
+    // It is of the running VM, and kept for the next run.
     let stop = ghost_application::vm::StopCommand {
         vm: "web".into(),
         force: true,
@@ -346,6 +346,46 @@ async fn an_address_is_registered_only_where_it_can_be_the_vms() {
     };
     let view = agent.use_cases.stop_vm.execute(&Agent::me(), stop).await;
     agent.finished(&view.unwrap()).await;
+    assert!(shown(&agent, "web").await.is_empty());
+    let taken = agent
+        .use_cases
+        .register_guest_address
+        .execute(&Agent::me(), &target("other"), "10.1.0.9".parse().ok())
+        .await;
+    assert!(taken.unwrap_err().to_string().contains("10.1.0.9"));
+    let start = ghost_application::vm::PowerCommand {
+        vm: "web".into(),
+        request_id: None,
+    };
+    let view = agent.use_cases.start_vm.execute(&Agent::me(), start).await;
+    agent.finished(&view.unwrap()).await;
+    until_shown(&agent, &["registered 10.1.0.9"]).await;
+}
+
+#[tokio::test]
+async fn a_registered_address_outlives_the_agent_until_it_is_forgotten() {
+    let world = World::new();
+    let agent = world.start().await;
+    agent.created("web", true).await;
+    register(&agent, "10.1.0.9").await.unwrap();
+    register(&agent, "10.1.0.8").await.unwrap();
+    drop(agent);
+    let agent = world.start().await;
+    // One for a card, the newest.
+    until_shown(&agent, &["registered 10.1.0.8"]).await;
+    register(&agent, "none").await.unwrap();
+    assert!(shown(&agent, "web").await.is_empty());
+    drop(agent);
+    let agent = world.start().await;
+    assert!(
+        agent
+            .vm("web")
+            .await
+            .unwrap()
+            .vm
+            .registered_addresses
+            .is_empty()
+    );
     assert!(shown(&agent, "web").await.is_empty());
 }
 

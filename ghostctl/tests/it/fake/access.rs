@@ -98,6 +98,7 @@ fn certificate(name: &str, revoked: bool) -> Certificate {
         created_at: moment(-3 * 86_400 - 60),
         expires_at: moment(20 * 3600 + 60),
         revoked_at: if revoked { moment(-60) } else { None },
+        guest_access: Some(!revoked),
     }
 }
 
@@ -109,6 +110,7 @@ fn key(name: &str) -> ApiKey {
         created_at: moment(-86_400 - 60),
         expires_at: None,
         revoked_at: None,
+        guest_access: None,
     }
 }
 
@@ -127,11 +129,12 @@ fn known(id: &str) -> Result<(), Status> {
 #[tonic::async_trait]
 impl AccessService for Fake {
     async fn create_token(&self, request: Request<CreateTokenRequest>) -> Answer<JoinToken> {
-        let role = self.note(request).role;
+        let request = self.note(request);
         Ok(Response::new(JoinToken {
             token: format!("ghost-join-v1.id.secret.{}", "ef".repeat(32)),
             expires_at: moment(9 * 60 + 30),
-            role,
+            role: request.role,
+            guest_access: request.guest_access,
         }))
     }
 

@@ -748,6 +748,34 @@ impl GuestService for Fake {
         })))
     }
 
+    async fn update_guest(
+        &self,
+        request: Request<UpdateGuestRequest>,
+    ) -> Answer<UpdateGuestResponse> {
+        let vm = self.note(request).vm;
+        refuse(&vm)?;
+        Ok(Response::new(UpdateGuestResponse {
+            from_version: if vm == "web-2" {
+                "0.2.0"
+            } else {
+                "0.1.0\x1b[31m"
+            }
+            .to_owned(),
+            to_version: "0.2.0".to_owned(),
+            replaced: vm != "web-2",
+        }))
+    }
+
+    async fn set_access(&self, request: Request<SetGuestAccessRequest>) -> Answer<GuestAccess> {
+        let request = self.note(request);
+        refuse(&request.vm)?;
+        Ok(Response::new(GuestAccess {
+            vm_id: id_of("vm", &request.vm),
+            access: request.access,
+            sessions_cut: if request.access { 0 } else { 3 },
+        }))
+    }
+
     async fn register_address(
         &self,
         request: Request<RegisterGuestAddressRequest>,

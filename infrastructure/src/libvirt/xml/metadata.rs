@@ -253,6 +253,7 @@ pub(crate) fn read(vm: &Element) -> Option<Metadata> {
             },
             lifecycle: Lifecycle::Ready,
             created_at: Timestamp::from_unix_millis(number(vm, "created_at_milliseconds")?),
+            registered_addresses: Vec::new(),
             crash_restarts: Vec::new(),
         },
         disk: PathBuf::from(decode(one(vm, "disk")?.attribute("file")?)?),

@@ -16,12 +16,25 @@ enum RoleRow {
     Admin,
 }
 
+/// Credentials of before there was such a thing may enter guests. It is written only where it
+/// says something, so that an older agent can read what it can honour, and refuses the rest.
+const fn guest_access() -> bool {
+    true
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+const fn is_usual(guest_access: &bool) -> bool {
+    *guest_access
+}
+
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct CertificateRow {
     id: Uuid,
     name: String,
     role: RoleRow,
+    #[serde(default = "guest_access", skip_serializing_if = "is_usual")]
+    guest_access: bool,
     created_at: i64,
     expires_at: i64,
     revoked_at: Option<i64>,
@@ -33,6 +46,8 @@ pub(super) struct ApiKeyRow {
     id: Uuid,
     name: String,
     role: RoleRow,
+    #[serde(default = "guest_access", skip_serializing_if = "is_usual")]
+    guest_access: bool,
     secret_hash: Bytes,
     created_at: i64,
     expires_at: Option<i64>,
@@ -45,6 +60,8 @@ pub(super) struct JoinTokenRow {
     id: Uuid,
     secret_hash: Bytes,
     role: RoleRow,
+    #[serde(default = "guest_access", skip_serializing_if = "is_usual")]
+    guest_access: bool,
     created_at: i64,
     expires_at: i64,
 }
@@ -113,6 +130,7 @@ impl From<&Certificate> for CertificateRow {
             id,
             name,
             role,
+            guest_access,
             created_at,
             expires_at,
             revoked_at,
@@ -121,6 +139,7 @@ impl From<&Certificate> for CertificateRow {
             id: id.uuid(),
             name: name.clone(),
             role: (*role).into(),
+            guest_access: *guest_access,
             created_at: created_at.unix_millis(),
             expires_at: expires_at.unix_millis(),
             revoked_at: revoked_at.map(Timestamp::unix_millis),
@@ -134,6 +153,7 @@ impl TryFromRow<CertificateRow> for Certificate {
             id: CredentialId::from_uuid(row.id),
             name: row.name,
             role: row.role.into(),
+            guest_access: row.guest_access,
             created_at: Timestamp::from_unix_millis(row.created_at),
             expires_at: Timestamp::from_unix_millis(row.expires_at),
             revoked_at: row.revoked_at.map(Timestamp::from_unix_millis),
@@ -147,6 +167,7 @@ impl From<&ApiKey> for ApiKeyRow {
             id,
             name,
             role,
+            guest_access,
             secret_hash,
             created_at,
             expires_at,
@@ -156,6 +177,7 @@ impl From<&ApiKey> for ApiKeyRow {
             id: id.uuid(),
             name: name.clone(),
             role: (*role).into(),
+            guest_access: *guest_access,
             secret_hash: Bytes(secret_hash.to_vec()),
             created_at: created_at.unix_millis(),
             expires_at: expires_at.map(Timestamp::unix_millis),
@@ -170,6 +192,7 @@ impl TryFromRow<ApiKeyRow> for ApiKey {
             id: CredentialId::from_uuid(row.id),
             name: row.name,
             role: row.role.into(),
+            guest_access: row.guest_access,
             secret_hash: row.secret_hash.array()?,
             created_at: Timestamp::from_unix_millis(row.created_at),
             expires_at: row.expires_at.map(Timestamp::from_unix_millis),
@@ -184,6 +207,7 @@ impl From<&JoinToken> for JoinTokenRow {
             id,
             secret_hash,
             role,
+            guest_access,
             created_at,
             expires_at,
         } = token;
@@ -191,6 +215,7 @@ impl From<&JoinToken> for JoinTokenRow {
             id: id.uuid(),
             secret_hash: Bytes(secret_hash.to_vec()),
             role: (*role).into(),
+            guest_access: *guest_access,
             created_at: created_at.unix_millis(),
             expires_at: expires_at.unix_millis(),
         }
@@ -203,6 +228,7 @@ impl TryFromRow<JoinTokenRow> for JoinToken {
             id: CredentialId::from_uuid(row.id),
             secret_hash: row.secret_hash.array()?,
             role: row.role.into(),
+            guest_access: row.guest_access,
             created_at: Timestamp::from_unix_millis(row.created_at),
             expires_at: Timestamp::from_unix_millis(row.expires_at),
         })

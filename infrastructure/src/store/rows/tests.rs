@@ -168,10 +168,20 @@ fn vm() -> impl Strategy<Value = Vm> {
             text().prop_map(|reason| Lifecycle::Failed { reason })
         ],
         timestamp(),
-        proptest::collection::vec(timestamp(), 0..3),
+        (
+            proptest::collection::vec(timestamp(), 0..3),
+            proptest::collection::vec((mac(), any::<std::net::IpAddr>()), 0..3),
+        ),
     )
         .prop_map(
-            |((id, name, generation, spec), seed, desired, lifecycle, created_at, restarts)| Vm {
+            |(
+                (id, name, generation, spec),
+                seed,
+                desired,
+                lifecycle,
+                created_at,
+                (restarts, registered),
+            )| Vm {
                 id: VmId::from_uuid(id),
                 name,
                 generation,
@@ -185,6 +195,7 @@ fn vm() -> impl Strategy<Value = Vm> {
                 desired,
                 lifecycle,
                 created_at,
+                registered_addresses: registered,
                 crash_restarts: restarts,
             },
         )
@@ -349,8 +360,10 @@ fn image() -> impl Strategy<Value = Image> {
         })
 }
 
-fn role() -> impl Strategy<Value = Role> {
-    prop_oneof![Just(Role::Viewer), Just(Role::Operator), Just(Role::Admin)]
+/// A role, and whether it enters guests.
+fn role() -> impl Strategy<Value = (Role, bool)> {
+    let role = prop_oneof![Just(Role::Viewer), Just(Role::Operator), Just(Role::Admin)];
+    (role, any::<bool>())
 }
 
 fn certificate() -> impl Strategy<Value = Certificate> {
@@ -361,7 +374,8 @@ fn certificate() -> impl Strategy<Value = Certificate> {
         .prop_map(|((id, name, role), times)| Certificate {
             id: CredentialId::from_uuid(id),
             name,
-            role,
+            role: role.0,
+            guest_access: role.1,
             created_at: times.0,
             expires_at: times.1,
             revoked_at: times.2,
@@ -380,7 +394,8 @@ fn api_key() -> impl Strategy<Value = ApiKey> {
         .prop_map(|((id, name, role, secret_hash), times)| ApiKey {
             id: CredentialId::from_uuid(id),
             name,
-            role,
+            role: role.0,
+            guest_access: role.1,
             secret_hash,
             created_at: times.0,
             expires_at: times.1,
@@ -393,7 +408,8 @@ fn join_token() -> impl Strategy<Value = JoinToken> {
         |(id, secret_hash, role, created_at, expires_at)| JoinToken {
             id: CredentialId::from_uuid(id),
             secret_hash,
-            role,
+            role: role.0,
+            guest_access: role.1,
             created_at,
             expires_at,
         },

@@ -9,7 +9,8 @@ use ghost_domain::vm::{
     Vm, VmSpec,
 };
 use ghost_domain::{
-    ByteSize, ImageDigest, ImageFormat, ImageName, NetworkName, Result, Timestamp, VmId, VmName,
+    ByteSize, Error, ErrorCode, ImageDigest, ImageFormat, ImageName, NetworkName, Result,
+    Timestamp, VmId, VmName,
 };
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -29,6 +30,9 @@ pub(super) struct VmRow {
     lifecycle: LifecycleRow,
     created_at: i64,
     crash_restarts: Vec<i64>,
+    /// Since addresses outlast the agent; absent where there are none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    registered_addresses: Vec<AddressRow>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -54,6 +58,13 @@ struct SpecRow {
 struct InterfaceRow {
     network: String,
     mac: String,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AddressRow {
+    mac: String,
+    address: String,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -154,6 +165,7 @@ impl From<&Vm> for VmRow {
             desired,
             lifecycle,
             created_at,
+            registered_addresses,
             crash_restarts,
         } = vm;
         Self {
@@ -177,6 +189,13 @@ impl From<&Vm> for VmRow {
             },
             created_at: created_at.unix_millis(),
             crash_restarts: crash_restarts.iter().map(|at| at.unix_millis()).collect(),
+            registered_addresses: registered_addresses
+                .iter()
+                .map(|(mac, address)| AddressRow {
+                    mac: mac.to_string(),
+                    address: address.to_string(),
+                })
+                .collect(),
         }
     }
 }
@@ -206,6 +225,17 @@ impl TryFromRow<VmRow> for Vm {
                 LifecycleRow::Failed { reason } => Lifecycle::Failed { reason },
             },
             created_at: Timestamp::from_unix_millis(row.created_at),
+            registered_addresses: row
+                .registered_addresses
+                .into_iter()
+                .map(|row| {
+                    let address = row.address.parse().map_err(|error| {
+                        Error::new(ErrorCode::InvalidArgument, "a stored address is none")
+                            .because(error)
+                    })?;
+                    Ok((row.mac.parse()?, address))
+                })
+                .collect::<Result<_>>()?,
             crash_restarts: row
                 .crash_restarts
                 .into_iter()

@@ -100,6 +100,7 @@ pub(crate) fn definition(subject: &dyn Subject, prefix: &str) -> DomainDefinitio
             desired: DesiredPower::Stopped,
             lifecycle: Lifecycle::Ready,
             created_at: Timestamp::from_unix_millis(1_700_000_000_000),
+            registered_addresses: Vec::new(),
             crash_restarts: Vec::new(),
         },
         disk: file("disk.qcow2"),
@@ -172,6 +173,7 @@ pub(crate) fn rebuilt(vm: &Vm) -> Vm {
     Vm {
         cloud_init: CloudInit::default(),
         lifecycle: Lifecycle::Ready,
+        registered_addresses: Vec::new(),
         crash_restarts: Vec::new(),
         ..vm.clone()
     }

@@ -73,6 +73,7 @@ pub(super) fn vm(number: u64, generation: u64) -> Vm {
             reason: "the disk is gone".into(),
         },
         created_at: Timestamp::from_unix_millis(1_700_000_000_123),
+        registered_addresses: Vec::new(),
         crash_restarts: vec![
             Timestamp::from_unix_millis(1),
             Timestamp::from_unix_millis(2),
@@ -148,6 +149,7 @@ pub(super) fn certificate(number: u64) -> Certificate {
         id: credential_id(number),
         name: "laptop".into(),
         role: Role::Operator,
+        guest_access: true,
         created_at: Timestamp::from_unix_millis(1),
         expires_at: Timestamp::from_unix_millis(2),
         revoked_at: Some(Timestamp::from_unix_millis(3)),
@@ -159,6 +161,7 @@ pub(super) fn api_key(number: u64) -> ApiKey {
         id: credential_id(number),
         name: "ci".into(),
         role: Role::Viewer,
+        guest_access: true,
         secret_hash: [5; 32],
         created_at: Timestamp::from_unix_millis(1),
         expires_at: None,
@@ -171,6 +174,7 @@ pub(super) fn join_token(number: u64) -> JoinToken {
         id: credential_id(number),
         secret_hash: [6; 32],
         role: Role::Admin,
+        guest_access: true,
         created_at: Timestamp::from_unix_millis(1),
         expires_at: Timestamp::from_unix_millis(2),
     }

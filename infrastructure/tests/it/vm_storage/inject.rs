@@ -15,9 +15,20 @@ use sha2::{Digest, Sha256};
 
 use super::Fixture;
 
-/// Bytes as a program has them: not all alike, and not a whole number of clusters.
+/// Bytes as a program has them: the head of a static one (elf(5)), the rest not all alike, and not a
+/// whole number of clusters.
 fn program(folder: &Path, size: usize) -> (PathBuf, Vec<u8>) {
-    let bytes: Vec<u8> = (0..size).map(|at| (at * at % 251) as u8).collect();
+    let mut bytes: Vec<u8> = (0..size).map(|at| (at * at % 251) as u8).collect();
+    bytes[..120].fill(0);
+    bytes[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");
+    let machine = if cfg!(target_arch = "aarch64") {
+        183
+    } else {
+        62
+    };
+    for (at, value) in [(16, 2), (18, machine), (32, 64), (54, 56), (56, 1), (64, 1)] {
+        bytes[at] = value;
+    }
     let path = folder.join("ghost-guest");
     fs::write(&path, &bytes).unwrap();
     (path, bytes)
@@ -62,7 +73,7 @@ fn read(image: &Path, name: &str) -> Option<Vec<u8>> {
 async fn the_program_travels_whole_and_others_read_the_volume() {
     let folder = tempfile::tempdir().unwrap();
     for size in [
-        1,
+        120,
         8192,
         3_500_001,
         usize::try_from(MOST_PROGRAM_BYTES).unwrap(),
@@ -104,7 +115,7 @@ async fn the_program_travels_whole_and_others_read_the_volume() {
 #[tokio::test]
 async fn vendor_data_brings_it_in_beside_the_user() {
     let folder = tempfile::tempdir().unwrap();
-    let (path, bytes) = program(folder.path(), 100);
+    let (path, bytes) = program(folder.path(), 200);
     let sum = hex::encode(Sha256::digest(&bytes));
     let fixture = Fixture::with_program(GuestProgram::at(path));
     let vendor_data = async |inject, user| {

@@ -31,10 +31,11 @@ impl AccessService for Access {
     ) -> Answered<message::JoinToken> {
         let caller = principal(request.extensions())?;
         let role = role(&request.get_ref().role)?;
+        let guest_access = request.get_ref().guest_access.unwrap_or(true);
         let (text, token) = self
             .0
             .create_token
-            .execute(&caller, role)
+            .execute(&caller, role, guest_access)
             .await
             .or_status()?;
         Ok(Response::new(convert::join_token(&text, &token)))
@@ -114,6 +115,7 @@ impl AccessService for Access {
         let command = CreateKeyCommand {
             role: role(&given.role)?,
             name: given.name,
+            guest_access: given.guest_access.unwrap_or(true),
             lifetime: convert::lifetime(given.lifetime.as_ref()).or_status()?,
         };
         let (secret, key) = self

@@ -357,6 +357,33 @@ impl GuestService for Guests {
         Ok(Response::new(convert::freeze(outcome)))
     }
 
+    async fn update_guest(
+        &self,
+        request: Request<message::UpdateGuestRequest>,
+    ) -> Answered<message::UpdateGuestResponse> {
+        let caller = principal(request.extensions())?;
+        let (_, extensions, given) = request.into_parts();
+        let target = target(&extensions, given.vm);
+        let update = &self.0.update_guest;
+        let view = update.execute(&caller, &target).await.or_status()?;
+        Ok(Response::new(convert::guest_update(&view)))
+    }
+
+    async fn set_access(
+        &self,
+        request: Request<message::SetGuestAccessRequest>,
+    ) -> Answered<message::GuestAccess> {
+        let caller = principal(request.extensions())?;
+        let (_, extensions, given) = request.into_parts();
+        let target = target(&extensions, given.vm);
+        let set = &self.0.set_guest_access;
+        let view = set
+            .execute(&caller, &target, given.access)
+            .await
+            .or_status()?;
+        Ok(Response::new(convert::guest_access(view)))
+    }
+
     async fn get_history(
         &self,
         request: Request<message::GetGuestHistoryRequest>,
@@ -396,7 +423,10 @@ impl GuestService for Guests {
     ) -> Answered<message::GuestDone> {
         let caller = principal(request.extensions())?;
         let (_, extensions, given) = request.into_parts();
-        let address = convert::address(&given.address).or_status()?;
+        let address = some(given.address)
+            .map(|address| convert::address(&address))
+            .transpose()
+            .or_status()?;
         let target = target(&extensions, given.vm);
         let register = &self.0.register_guest_address;
         register

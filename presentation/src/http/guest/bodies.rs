@@ -340,9 +340,19 @@ impl HistoryQuery {
 #[derive(Clone, Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(in crate::http) struct AddressBody {
-    /// It must be leased to the VM or lie in the subnet of one of its networks.
+    /// It must be leased to the VM or lie in the subnet of one of its networks; null forgets what
+    /// was registered.
     #[serde(alias = "guest_ip")]
-    pub(super) address: String,
+    #[schema(required)]
+    pub(super) address: Option<String>,
+}
+
+/// Whether a VM's guest may be entered.
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(in crate::http) struct AccessBody {
+    /// false cuts what goes on in the guest.
+    pub(super) access: bool,
 }
 
 /// How the guest goes down.

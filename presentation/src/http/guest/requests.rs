@@ -13,7 +13,7 @@ use super::super::problem::Problem;
 use super::super::{Answer, Shell};
 use super::RequestName;
 use super::bodies::{
-    AddressBody, FreezeBody, HistoryQuery, PasswordBody, ShutdownBody, SshKeysBody,
+    AccessBody, AddressBody, FreezeBody, HistoryQuery, PasswordBody, ShutdownBody, SshKeysBody,
 };
 use crate::convert;
 
@@ -69,7 +69,8 @@ pub(in crate::http) async fn history(
 
 /// Register an address of a VM
 ///
-/// It counts as long as neither the guest nor a lease says otherwise. The field may also be called
+/// It is kept with the VM, and counts while the VM runs and neither the guest nor a lease says
+/// otherwise. The field may also be called
 /// `guest_ip`.
 #[utoipa::path(post, path = "/v1/vms/{vm}/guest-ip", tag = "guests", request_body = AddressBody,
     params(("vm" = String, Path, description = "A name, a full id or a unique prefix of an id")),
@@ -82,7 +83,7 @@ pub(in crate::http) async fn register_address(
     name: RequestName,
     Body(body): Body<AddressBody>,
 ) -> Answer {
-    let address = convert::address(&body.address)?;
+    let address = body.address.as_deref().map(convert::address).transpose()?;
     let register = &shell.use_cases.register_guest_address;
     register.execute(&caller, &name.target(vm), address).await?;
     Ok(StatusCode::NO_CONTENT.into_response())
@@ -169,7 +170,7 @@ pub(in crate::http) async fn sync_clock(
 #[utoipa::path(post, path = "/v1/vms/{vm}/guest/update", tag = "guests",
     params(("vm" = String, Path, description = "A name, a full id or a unique prefix of an id")),
     security(("bearer" = []), ("key" = [])),
-    responses((status = 204), (status = "default", body = Problem)))]
+    responses((status = 200, body = view::GuestUpdate), (status = "default", body = Problem)))]
 pub(in crate::http) async fn update_agent(
     State(shell): State<Arc<Shell>>,
     Caller(caller): Caller,
@@ -177,8 +178,30 @@ pub(in crate::http) async fn update_agent(
     name: RequestName,
 ) -> Answer {
     let update = &shell.use_cases.update_guest;
-    update.execute(&caller, &name.target(vm)).await?;
-    Ok(StatusCode::NO_CONTENT.into_response())
+    let view = update.execute(&caller, &name.target(vm)).await?;
+    let told = view::GuestUpdate::from(convert::guest_update(&view));
+    Ok(Json(told).into_response())
+}
+
+/// Switch the guest access of a VM
+///
+/// Off cuts what goes on in the guest and is in force before anything is written: it needs neither
+/// libvirt nor a VM that nothing is done with.
+#[utoipa::path(put, path = "/v1/vms/{vm}/guest/access", tag = "guests", request_body = AccessBody,
+    params(("vm" = String, Path, description = "A name, a full id or a unique prefix of an id")),
+    security(("bearer" = []), ("key" = [])),
+    responses((status = 200, body = view::GuestAccess), (status = "default", body = Problem)))]
+pub(in crate::http) async fn set_access(
+    State(shell): State<Arc<Shell>>,
+    Caller(caller): Caller,
+    Name(vm): Name,
+    name: RequestName,
+    Body(body): Body<AccessBody>,
+) -> Answer {
+    let set = &shell.use_cases.set_guest_access;
+    let view = set.execute(&caller, &name.target(vm), body.access).await?;
+    let told = view::GuestAccess::from(convert::guest_access(view));
+    Ok(Json(told).into_response())
 }
 
 /// Freeze file systems of a guest

@@ -75,14 +75,26 @@ async fn every_rpc_against_every_identity() {
     let served = Served::new().await;
     let world = &served.world;
     let callers = [
-        ("none", None, None),
-        ("viewer", Some(world.viewer), Some(Role::Viewer)),
-        ("operator", Some(world.operator), Some(Role::Operator)),
-        ("admin", Some(world.admin), Some(Role::Admin)),
-        ("revoked", Some(world.revoked), None),
+        ("none", None, None, false),
+        ("viewer", Some(world.viewer), Some(Role::Viewer), true),
+        ("operator", Some(world.operator), Some(Role::Operator), true),
+        ("admin", Some(world.admin), Some(Role::Admin), true),
+        ("revoked", Some(world.revoked), None, true),
+        (
+            "confined operator",
+            Some(world.confined[0]),
+            Some(Role::Operator),
+            false,
+        ),
+        (
+            "confined admin",
+            Some(world.confined[1]),
+            Some(Role::Admin),
+            false,
+        ),
     ];
     let mut checked = 0;
-    for (name, credential, role) in callers {
+    for (name, credential, role, guests) in callers {
         let identity = credential.map(|id| served.ca.client(id));
         let channel = served.remote(identity).await;
         for method in METHODS {
@@ -92,9 +104,12 @@ async fn every_rpc_against_every_identity() {
             let refusal = refusal.as_deref();
             let expected = match (method.access, role) {
                 (Access::Anyone, _) => None,
-                (Access::Role(_), None) => Some("unauthenticated"),
+                (Access::Role(_) | Access::Guests, None) => Some("unauthenticated"),
+                (Access::Guests, Some(role)) if role < Role::Operator || !guests => {
+                    Some("permission_denied")
+                }
                 (Access::Role(needed), Some(role)) if role < needed => Some("permission_denied"),
-                (Access::Role(_), Some(_)) => None,
+                (Access::Role(_) | Access::Guests, Some(_)) => None,
             };
             match expected {
                 Some(code) => assert_eq!(refusal, Some(code), "{name} calls {path}"),
@@ -106,7 +121,7 @@ async fn every_rpc_against_every_identity() {
             checked += 1;
         }
     }
-    assert_eq!(checked, 5 * METHODS.len());
+    assert_eq!(checked, 7 * METHODS.len());
 }
 
 #[tokio::test]

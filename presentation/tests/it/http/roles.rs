@@ -38,6 +38,15 @@ async fn status_of(shell: &Shell, method: &str, path: &str, key: Option<&str>) -
     )
 }
 
+/// Whether a route is not for a role, or for one whose credential does not enter guests.
+fn refused(access: Access, role: Role, guests: bool) -> bool {
+    match access {
+        Access::Anyone => false,
+        Access::Role(needed) => role < needed,
+        Access::Guests => role < Role::Operator || !guests,
+    }
+}
+
 #[tokio::test]
 async fn every_route_against_every_identity() {
     let shell = Shell::new().await;
@@ -47,42 +56,62 @@ async fn every_route_against_every_identity() {
     let revoke = &world.use_cases().revoke_key;
     revoke.execute(&Principal::agent(), id).await.unwrap();
     let callers = [
-        ("none", None, None),
-        ("garbage", Some("nonsense".to_owned()), None),
-        ("unknown", Some(unknown_key().expose().to_owned()), None),
-        ("revoked", Some(revoked), None),
+        ("none", None, None, false),
+        ("garbage", Some("nonsense".to_owned()), None, false),
+        (
+            "unknown",
+            Some(unknown_key().expose().to_owned()),
+            None,
+            false,
+        ),
+        ("revoked", Some(revoked), None, true),
         (
             "viewer",
             Some(world.key(Role::Viewer).await),
             Some(Role::Viewer),
+            true,
         ),
         (
             "operator",
             Some(world.key(Role::Operator).await),
             Some(Role::Operator),
+            true,
         ),
         (
             "admin",
             Some(world.key(Role::Admin).await),
             Some(Role::Admin),
+            true,
+        ),
+        (
+            "confined operator",
+            Some(world.key_with(Role::Operator, false).await),
+            Some(Role::Operator),
+            false,
+        ),
+        (
+            "confined admin",
+            Some(world.key_with(Role::Admin, false).await),
+            Some(Role::Admin),
+            false,
         ),
     ];
-    for (name, key, role) in &callers {
+    for (name, key, role, guests) in &callers {
         for route in ROUTES {
             let (status, code) = status_of(&shell, route.method, route.path, key.as_deref()).await;
             let what = format!("{name}: {} {}", route.method, route.path);
             match (route.access, role) {
-                (Access::Role(_), None) => {
+                (Access::Role(_) | Access::Guests, None) => {
                     assert_eq!((status, code.as_str()), (401, "unauthenticated"), "{what}");
                 }
-                (Access::Role(needed), Some(role)) if *role < needed => {
+                (access, Some(role)) if refused(access, *role, *guests) => {
                     assert_eq!(
                         (status, code.as_str()),
                         (403, "permission_denied"),
                         "{what}"
                     );
                 }
-                (Access::Anyone, _) | (Access::Role(_), Some(_)) => {
+                (Access::Anyone, _) | (_, Some(_)) => {
                     assert!(status != 401 && status != 403, "{what}: {status} {code}");
                 }
             }

@@ -49,6 +49,7 @@ fn definition() -> DomainDefinition {
             desired: DesiredPower::Running,
             lifecycle: Lifecycle::Creating,
             created_at: Timestamp::from_unix_millis(1_700_000_000_123),
+            registered_addresses: Vec::new(),
             crash_restarts: vec![Timestamp::default()],
         },
         disk: "/var/lib/ghost/vms/x/disk.qcow2".into(),
@@ -83,6 +84,7 @@ fn rebuilt(vm: &Vm) -> Vm {
     Vm {
         cloud_init: CloudInit::default(),
         lifecycle: Lifecycle::Ready,
+        registered_addresses: Vec::new(),
         crash_restarts: Vec::new(),
         ..vm.clone()
     }
