@@ -4,7 +4,6 @@ mod compose;
 mod config;
 mod doctor;
 mod failpoints;
-mod notify;
 mod report;
 mod run;
 

@@ -19,6 +19,7 @@ use ghost_application::UseCases;
 use ghost_domain::{Error, ErrorCode, Result};
 use ghost_infrastructure::host;
 use ghost_infrastructure::identity::{ServerNames, ServerTls, parse_client_identity};
+use ghost_infrastructure::notify::{self, Notifier};
 use ghost_infrastructure::telemetry::{self, OtlpOptions, TelemetryOptions};
 use ghost_presentation::convert::AgentInfo;
 use ghost_presentation::metrics::Recorder;
@@ -34,7 +35,6 @@ use tokio_util::sync::CancellationToken;
 use crate::compose::{self, Adapters};
 use crate::config::{Config, Listen, Loaded};
 use crate::doctor;
-use crate::notify::{self, Notifier};
 
 /// Few cores are ours, and what blocks has threads of its own.
 const WORKERS: usize = 2;

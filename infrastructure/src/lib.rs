@@ -8,6 +8,7 @@ pub mod host;
 pub mod identity;
 pub mod images;
 pub mod libvirt;
+pub mod notify;
 pub mod simulated;
 pub mod store;
 pub mod telemetry;

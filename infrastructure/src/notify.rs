@@ -6,13 +6,14 @@ use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::time::Duration;
 
 /// The way to systemd, if it started us.
-pub(crate) struct Notifier {
+#[derive(Debug)]
+pub struct Notifier {
     socket: Option<(UnixDatagram, SocketAddr)>,
 }
 
 impl Notifier {
     /// Reads `$NOTIFY_SOCKET`: a path, or `@name` for the abstract name space.
-    pub(crate) fn from_environment() -> Self {
+    pub fn from_environment() -> Self {
         let address =
             std::env::var("NOTIFY_SOCKET")
                 .ok()
@@ -35,25 +36,25 @@ impl Notifier {
         }
     }
 
-    /// The agent serves.
-    pub(crate) fn ready(&self) {
+    /// The program serves.
+    pub fn ready(&self) {
         self.tell("READY=1\nSTATUS=running");
     }
 
-    /// The agent is on its way down.
-    pub(crate) fn stopping(&self) {
+    /// The program is on its way down.
+    pub fn stopping(&self) {
         self.tell("STOPPING=1\nSTATUS=draining");
     }
 
-    /// The agent is alive and well.
-    pub(crate) fn watchdog(&self) {
+    /// The program is alive and well.
+    pub fn watchdog(&self) {
         self.tell("WATCHDOG=1");
     }
 }
 
 /// How often systemd wants to hear: half of `$WATCHDOG_USEC`, as sd_watchdog_enabled(3) advises;
 /// `None` where it does not watch this process.
-pub(crate) fn watchdog_interval() -> Option<Duration> {
+pub fn watchdog_interval() -> Option<Duration> {
     let number = |name: &str| std::env::var(name).ok()?.parse::<u64>().ok();
     if number("WATCHDOG_PID").is_some_and(|pid| pid != u64::from(std::process::id())) {
         return None;

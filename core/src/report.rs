@@ -1,0 +1,34 @@
+//! How a command of the program ends: what goes wrong is told on standard error as what, why and
+//! what to do, and the exit code says which kind it was.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use ghost_domain::Result;
+
+/// Tells how it went.
+pub(crate) fn outcome(outcome: Result<ExitCode>) -> ExitCode {
+    outcome.unwrap_or_else(|error| {
+        complain(&format!("error: {}", error.message()));
+        if let Some(cause) = error.cause() {
+            complain(&format!("  cause: {cause}"));
+        }
+        if let Some(hint) = error.hint_text() {
+            complain(&format!("  try: {hint}"));
+        }
+        ExitCode::FAILURE
+    })
+}
+
+/// Writes a line of data.
+pub(crate) fn say(text: &str) -> ExitCode {
+    match writeln!(std::io::stdout(), "{text}") {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+/// Where even this cannot be written nobody is there to read it.
+fn complain(text: &str) {
+    drop(writeln!(std::io::stderr(), "{text}"));
+}
