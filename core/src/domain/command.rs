@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! queued ──sent, host takes it──> accepted ──> succeeded | failed
-//!    ├──deadline──> expired           (the host tells; until then it stays in the queue)
-//!    ├──operator──> cancelled
+//!    ├──deadline──> expired           (once it was sent, the host tells)
+//!    ├──operator──> cancelled         (only where it was never sent)
 //!    └──sent, host refuses──> refused
 //! ```
 
@@ -31,6 +31,9 @@ pub struct QueuedCommand {
     pub issued_at: Timestamp,
     /// It is not begun after this.
     pub deadline: Timestamp,
+    /// When it first went out to the host, marked before it did. From then on only the host knows
+    /// what becomes of it: it neither expires in the queue nor can be cancelled.
+    pub sent_at: Option<Timestamp>,
     /// How far it is.
     pub status: CommandStatus,
     /// What the host said last.
