@@ -14,6 +14,7 @@ pub mod ctl;
 pub mod guest;
 pub mod http;
 pub mod libvirt;
+pub mod netlab;
 pub mod proxy;
 pub mod server;
 pub mod siege;

@@ -186,6 +186,8 @@ struct Parts {
     detail: ErrorDetail,
     /// The agent could not be asked, or did not answer: what it did is not known.
     transport: bool,
+    /// The host of a fleet that was asked.
+    host: Option<String>,
 }
 
 impl Failure {
@@ -202,6 +204,7 @@ impl Failure {
                 violations: Vec::new(),
             },
             transport: false,
+            host: None,
         }))
     }
 
@@ -248,6 +251,18 @@ impl Failure {
         .of_operation(operation_id)
     }
 
+    /// Of a call that went to this host of a fleet: what to do next is to be done there.
+    #[must_use]
+    pub(crate) fn at_host(mut self, host: String) -> Self {
+        if let Some(hint) = &mut self.0.detail.hint
+            && !hint.contains("--host")
+        {
+            *hint = hint.replacen("ghostctl ", &format!("ghostctl --host {host} "), 1);
+        }
+        self.0.host = Some(host);
+        self
+    }
+
     /// The exit code.
     pub(crate) fn exit(&self) -> Exit {
         self.0.exit
@@ -282,10 +297,14 @@ impl Failure {
             && let Some(id) = &detail.operation_id
         {
             let id = printable(id);
+            let ghostctl = match &self.0.host {
+                Some(host) => format!("ghostctl --host {}", printable(host)),
+                None => "ghostctl".to_owned(),
+            };
             return vec![
                 ("interrupted:", format!("the operation {id} goes on")),
-                ("  come back:", format!("ghostctl operation wait {id}")),
-                ("  cancel it:", format!("ghostctl operation cancel {id}")),
+                ("  come back:", format!("{ghostctl} operation wait {id}")),
+                ("  cancel it:", format!("{ghostctl} operation cancel {id}")),
             ];
         }
         let mut lines = vec![("error:", printable(&detail.message))];

@@ -39,7 +39,7 @@ fn main() -> ExitCode {
     let outcome = run(cli.command, &session, span.map(|span| span.of(command)));
     outcome
         .unwrap_or_else(|failure| {
-            session.printer.failure(&failure);
+            session.failed(&failure);
             failure.exit()
         })
         .into()
@@ -77,7 +77,7 @@ fn run(
             .map(|failure| failure.code().to_owned());
         // Told before the span is delivered: nobody waits for a collector.
         let exit = outcome.unwrap_or_else(|failure| {
-            session.printer.failure(&failure);
+            session.failed(&failure);
             failure.exit()
         });
         runtime.block_on(span.deliver(session, exit, code));

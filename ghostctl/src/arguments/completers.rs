@@ -12,6 +12,7 @@ use ghost_proto::agent::v1::{
     ListCatalogueRequest, ListCertificatesRequest, ListImagesRequest, ListKeysRequest,
     ListNetworksRequest, ListOperationsRequest, ListVmsRequest,
 };
+use ghost_proto::core::v1::ListHostsRequest;
 use ghost_proto::view::{Operation, Vm};
 
 use super::{Format, Global};
@@ -31,6 +32,19 @@ pub(super) fn vms() -> ArgValueCompleter {
         let answer = agent.vms().list(ListVmsRequest::default()).await.ok()?;
         let vms = answer.into_inner().vms.into_iter().map(Vm::from);
         Some(vms.map(|vm| (vm.name, vm.state.to_string())).collect())
+    })
+}
+
+pub(super) fn hosts() -> ArgValueCompleter {
+    live(|agent| async move {
+        let answer = agent.fleet().list_hosts(ListHostsRequest::default()).await;
+        let hosts = answer.ok()?.into_inner().hosts;
+        Some(
+            hosts
+                .into_iter()
+                .map(|host| (host.name, host.state))
+                .collect(),
+        )
     })
 }
 
@@ -201,6 +215,7 @@ fn typed_so_far(arguments: impl Iterator<Item = String>) -> Global {
         quiet: true,
         endpoint: value_of("--endpoint"),
         context: value_of("--context"),
+        host: value_of("--host"),
         debug: false,
     }
 }

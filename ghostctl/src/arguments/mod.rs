@@ -2,6 +2,7 @@
 
 mod access;
 mod completers;
+mod fleet;
 mod guest;
 mod host;
 mod image;
@@ -12,6 +13,10 @@ mod vm;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub(crate) use access::{ContextAdd, ContextCommand, KeyCommand, KeyCreate, Role, TrustCommand};
+pub(crate) use fleet::{
+    HostCommand, HostList, HostToken, QueueCommand, QueueList, QuotaArgs, TenantCommand, TenantSet,
+    UserCommand, UserSet,
+};
 pub(crate) use guest::{
     AuditCommand, AuditList, CpArgs, ExecArgs, GuestAccess, GuestAddress, GuestCommand,
     GuestFreeze, GuestPassword, GuestShutdown, LockdownArgs, LockdownCommand, ShellArgs,
@@ -27,7 +32,8 @@ pub(crate) use vm::{
 
 /// Virtual machines on ordinary machines.
 ///
-/// Speaks to the agent of this host, or with a context to that of another one.
+/// Speaks to the agent of this host, or with a context to that of another one, or to Ghost Core and
+/// with --host through it to any host of a fleet.
 ///
 /// Exit codes: 0 done, 1 failed, 2 usage, 3 not found, 4 conflict (exists, busy, wrong state),
 /// 5 agent unreachable, 6 denied, 7 timed out, 8 not enough resources, 130 interrupted.
@@ -94,6 +100,16 @@ pub(crate) struct Global {
           add = completers::contexts())]
     pub(crate) context: Option<String>,
 
+    /// Which host of the fleet, where Ghost Core is spoken to: a name, an id, or a unique prefix of
+    /// an id [env: GHOST_HOST]
+    #[arg(
+        long,
+        global = true,
+        value_name = "HOST",
+        help_heading = "Global options"
+    )]
+    pub(crate) host: Option<String>,
+
     /// Show on stderr where requests go and the ids that find them in the agent's log and traces
     #[arg(long, global = true, help_heading = "Global options")]
     pub(crate) debug: bool,
@@ -144,6 +160,18 @@ pub(crate) enum Command {
     Events(EventsArgs),
     /// The host, its resources, and what does not work
     Status,
+    /// Hosts of the fleet
+    #[command(subcommand, visible_alias = "hosts")]
+    Host(HostCommand),
+    /// Commands left with Core for hosts that are away
+    #[command(subcommand, visible_alias = "commands")]
+    Command(QueueCommand),
+    /// Tenants of the fleet and their quotas
+    #[command(subcommand)]
+    Tenant(TenantCommand),
+    /// People of the fleet
+    #[command(subcommand)]
+    User(UserCommand),
     /// Agents that this ghostctl knows
     #[command(subcommand)]
     Context(ContextCommand),

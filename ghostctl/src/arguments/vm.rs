@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args, Subcommand, ValueEnum, ValueHint};
 
+use super::fleet::Queue;
 use super::{Change, completers, values};
 
 /// Virtual machines. NAME is a name, a full id, or a unique prefix of an id.
@@ -274,6 +275,10 @@ pub(crate) struct VmList {
     /// Only VMs with this tag; again for VMs with all of them
     #[arg(long = "tag", value_name = "KEY=VALUE", value_parser = values::tag)]
     pub(crate) tags: Vec<(String, String)>,
+
+    /// Those of all hosts of the fleet, from Core's memory; without --host Core lists them anyway
+    #[arg(long)]
+    pub(crate) all_hosts: bool,
 }
 
 /// `vm start|pause|resume`.
@@ -281,6 +286,8 @@ pub(crate) struct VmList {
 pub(crate) struct VmPower {
     #[command(flatten)]
     pub(crate) vms: Names,
+    #[command(flatten)]
+    pub(crate) queue: Queue,
     #[command(flatten)]
     pub(crate) change: Change,
 }
@@ -300,6 +307,8 @@ pub(crate) struct VmStop {
     pub(crate) timeout: Option<Duration>,
 
     #[command(flatten)]
+    pub(crate) queue: Queue,
+    #[command(flatten)]
     pub(crate) change: Change,
 }
 
@@ -313,6 +322,8 @@ pub(crate) struct VmDelete {
     #[arg(long)]
     pub(crate) force: bool,
 
+    #[command(flatten)]
+    pub(crate) queue: Queue,
     #[command(flatten)]
     pub(crate) change: Change,
 }

@@ -93,8 +93,15 @@ async fn follow(
                 "the same again with --request-id {request_id}: it gives the operation if there is one"
             ))
         })
-        .await?
-        .into_inner();
+        .await?;
+    if let Some((host, why)) = agent.route().learn(operation.metadata()) {
+        session.printer.note(&format!(
+            "placed on {}: {}",
+            printable(&host),
+            printable(&why)
+        ));
+    }
+    let operation = operation.into_inner();
     if change.detach {
         return Ok(operation.into());
     }
@@ -131,7 +138,8 @@ fn tell(
         && operation.status == OperationStatus::Pending
     {
         session.printer.note(&format!(
-            "follow it with: ghostctl operation wait {}",
+            "follow it with: {} operation wait {}",
+            session.ghostctl(),
             operation.id
         ));
     }

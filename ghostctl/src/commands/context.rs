@@ -138,7 +138,7 @@ fn list(contexts: &Contexts, session: &Session) -> Result<(), Failure> {
         match contexts.load(&name) {
             Ok(context) => views.push(view(&context, &current)),
             // A damaged one must not hide the others.
-            Err(failure) => session.printer.failure(&failure),
+            Err(failure) => session.failed(&failure),
         }
     }
     session.printer.list(

@@ -366,7 +366,7 @@ fn finish(
     }
     if exited.timed_out {
         // The code says the same; a person reads words.
-        session.printer.failure(&timed_out(
+        session.failed(&timed_out(
             "the command was not done in its time and was killed",
             limit.unwrap_or_default(),
         ));

@@ -7,11 +7,13 @@ mod completion;
 mod context;
 mod cp;
 mod describe;
+mod describe_fleet;
 mod events;
 mod exec;
 mod guest;
 mod guest_wait;
 mod history;
+mod hosts;
 mod image_import;
 mod images;
 mod key;
@@ -19,8 +21,10 @@ mod lockdown;
 mod man;
 mod networks;
 mod operations;
+mod queue;
 mod stages;
 mod status;
+mod tenants;
 mod top;
 mod trust;
 mod version;
@@ -76,6 +80,10 @@ pub(crate) async fn run(command: Command, session: &Session) -> Result<Exit, Fai
         },
         Command::Events(args) => events::run(args, session).await,
         Command::Status => status::run(session).await,
+        Command::Host(command) => hosts::run(command, session).await,
+        Command::Command(command) => queue::run(command, session).await,
+        Command::Tenant(command) => tenants::tenant(command, session).await,
+        Command::User(command) => tenants::user(command, session).await,
         Command::Context(command) => context::run(command, session).await,
         Command::Trust(command) => trust::run(command, session).await,
         Command::Key(command) => key::run(command, session).await,
@@ -126,7 +134,7 @@ fn settle<T>(outcomes: Vec<Result<T, Failure>>, session: &Session) -> (Vec<T>, E
         match outcome {
             Ok(item) => found.push(item),
             Err(failure) => {
-                session.printer.failure(&failure);
+                session.failed(&failure);
                 exits.push(failure.exit());
             }
         }

@@ -1,27 +1,49 @@
 //! `status`: is it well, what is left, and what has to be done.
 
 use ghost_proto::agent::v1::GetStatusRequest;
-use ghost_proto::view::HostStatus;
+use ghost_proto::core::v1::GetCoreStatusRequest;
+use ghost_proto::view::{FleetStatus, HostStatus};
 
-use crate::connect::{Session, ask};
+use super::describe_fleet;
+use crate::connect::{Agent, Session, ask};
 use crate::errors::{Exit, Failure};
 use crate::table::{Paint, Sheet, Table};
 use crate::text::{count, human_age, human_size, printable};
 
 pub(super) async fn run(session: &Session) -> Result<Exit, Failure> {
     let agent = session.agent().await?;
-    let status: HostStatus = agent
+    let answer = agent
         .host()
         .get_status(ask(GetStatusRequest {}))
         .await
-        .map_err(|status| agent.failure(&status))?
-        .into_inner()
-        .into();
+        .map_err(|status| agent.failure(&status));
+    let status: HostStatus = match answer {
+        Err(failure) if Agent::is_core(&failure) => return core(&agent, session).await,
+        answer => answer?.into_inner().into(),
+    };
     session.printer.several(
         std::slice::from_ref(&status),
         1,
         |status| &status.name,
         text,
+    )?;
+    Ok(Exit::Done)
+}
+
+/// The fleet, where Core is spoken to and no host is named.
+async fn core(agent: &Agent, session: &Session) -> Result<Exit, Failure> {
+    let status: FleetStatus = agent
+        .fleet()
+        .get_status(ask(GetCoreStatusRequest {}))
+        .await
+        .map_err(|status| agent.fleet_failure(&status))?
+        .into_inner()
+        .into();
+    session.printer.several(
+        std::slice::from_ref(&status),
+        1,
+        |status| &status.replica,
+        describe_fleet::status,
     )?;
     Ok(Exit::Done)
 }

@@ -52,7 +52,8 @@ pub(super) async fn launch(args: LaunchArgs, session: &Session) -> Result<Exit, 
     if waits {
         stages::follow(&agent, &operation.subject, args.following, session).await?;
         session.printer.note(&format!(
-            "its console: ghostctl vm console {}",
+            "its console: {} vm console {}",
+            session.ghostctl(),
             printable(&operation.subject)
         ));
     }
@@ -84,9 +85,15 @@ async fn make(
             .vms()
             .create(ask(request))
             .await
-            .map_err(|status| agent.failure(&status))?
-            .into_inner();
-        let operation = Operation::from(operation);
+            .map_err(|status| agent.failure(&status))?;
+        if let Some((host, why)) = agent.route().learn(operation.metadata()) {
+            session.printer.note(&format!(
+                "it would be placed on {}: {}",
+                printable(&host),
+                printable(&why)
+            ));
+        }
+        let operation = Operation::from(operation.into_inner());
         session.printer.several(
             std::slice::from_ref(&operation),
             1,

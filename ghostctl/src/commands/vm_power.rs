@@ -4,13 +4,23 @@ use ghost_proto::agent::v1::{
     DeleteVmRequest, PauseVmRequest, RestartVmRequest, ResumeVmRequest, StartVmRequest,
     StopVmRequest,
 };
+use ghost_proto::core::v1::queue_command_request::Action;
 
-use super::{change, wire};
+use super::{change, queue, wire};
 use crate::arguments::{VmDelete, VmPower, VmStop};
 use crate::connect::{Session, ask};
 use crate::errors::{Exit, Failure};
 
 pub(super) async fn start(args: VmPower, session: &Session) -> Result<Exit, Failure> {
+    if let Some(lifetime) = args.queue.queue {
+        let action = |vm| {
+            Action::StartVm(StartVmRequest {
+                vm,
+                request_id: String::new(),
+            })
+        };
+        return queue::each(&args.vms.names, lifetime, &args.change, session, action).await;
+    }
     change::each(
         &args.vms.names,
         &args.change,
@@ -26,6 +36,17 @@ pub(super) async fn start(args: VmPower, session: &Session) -> Result<Exit, Fail
 
 pub(super) async fn stop(args: VmStop, session: &Session) -> Result<Exit, Failure> {
     let (force, timeout) = (args.force, args.timeout.map(wire));
+    if let Some(lifetime) = args.queue.queue {
+        let action = |vm| {
+            Action::StopVm(StopVmRequest {
+                vm,
+                force,
+                timeout,
+                request_id: String::new(),
+            })
+        };
+        return queue::each(&args.vms.names, lifetime, &args.change, session, action).await;
+    }
     change::each(
         &args.vms.names,
         &args.change,
@@ -46,6 +67,17 @@ pub(super) async fn stop(args: VmStop, session: &Session) -> Result<Exit, Failur
 
 pub(super) async fn restart(args: VmStop, session: &Session) -> Result<Exit, Failure> {
     let (force, timeout) = (args.force, args.timeout.map(wire));
+    if let Some(lifetime) = args.queue.queue {
+        let action = |vm| {
+            Action::RestartVm(RestartVmRequest {
+                vm,
+                force,
+                timeout,
+                request_id: String::new(),
+            })
+        };
+        return queue::each(&args.vms.names, lifetime, &args.change, session, action).await;
+    }
     change::each(
         &args.vms.names,
         &args.change,
@@ -65,6 +97,15 @@ pub(super) async fn restart(args: VmStop, session: &Session) -> Result<Exit, Fai
 }
 
 pub(super) async fn pause(args: VmPower, session: &Session) -> Result<Exit, Failure> {
+    if let Some(lifetime) = args.queue.queue {
+        let action = |vm| {
+            Action::PauseVm(PauseVmRequest {
+                vm,
+                request_id: String::new(),
+            })
+        };
+        return queue::each(&args.vms.names, lifetime, &args.change, session, action).await;
+    }
     change::each(
         &args.vms.names,
         &args.change,
@@ -79,6 +120,15 @@ pub(super) async fn pause(args: VmPower, session: &Session) -> Result<Exit, Fail
 }
 
 pub(super) async fn resume(args: VmPower, session: &Session) -> Result<Exit, Failure> {
+    if let Some(lifetime) = args.queue.queue {
+        let action = |vm| {
+            Action::ResumeVm(ResumeVmRequest {
+                vm,
+                request_id: String::new(),
+            })
+        };
+        return queue::each(&args.vms.names, lifetime, &args.change, session, action).await;
+    }
     change::each(
         &args.vms.names,
         &args.change,
@@ -94,6 +144,17 @@ pub(super) async fn resume(args: VmPower, session: &Session) -> Result<Exit, Fai
 
 pub(super) async fn delete(args: VmDelete, session: &Session) -> Result<Exit, Failure> {
     let force = args.force;
+    if let Some(lifetime) = args.queue.queue {
+        let action = |vm| {
+            Action::DeleteVm(DeleteVmRequest {
+                vm,
+                force,
+                request_id: String::new(),
+                expected_generation: 0,
+            })
+        };
+        return queue::each(&args.vms.names, lifetime, &args.change, session, action).await;
+    }
     change::each(
         &args.vms.names,
         &args.change,

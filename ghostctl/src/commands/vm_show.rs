@@ -1,28 +1,33 @@
 //! `vm list`, `list` and `vm show`.
 
 use ghost_proto::agent::v1::{GetGuestStatusRequest, GetVmRequest, ListVmsRequest};
-use ghost_proto::view::{GuestStatus, Vm, VmState};
+use ghost_proto::core::v1::ListFleetVmsRequest;
+use ghost_proto::view::{FleetVm, GuestStatus, Vm, VmState};
 
-use super::{describe, each, history, pairs};
+use super::{describe, describe_fleet, each, history, pairs};
 use crate::arguments::{Format, VmList, VmShow};
-use crate::connect::{Session, ask};
+use crate::connect::{Agent, Session, ask};
 use crate::errors::{Exit, Failure};
 
 pub(super) async fn list(args: VmList, session: &Session) -> Result<Exit, Failure> {
     let filtered = !args.tags.is_empty();
     let agent = session.agent().await?;
-    let vms: Vec<Vm> = agent
+    if args.all_hosts {
+        return list_fleet(args, &agent, session).await;
+    }
+    let listed = agent
         .vms()
         .list(ask(ListVmsRequest {
-            tags: pairs(args.tags),
+            tags: pairs(args.tags.clone()),
         }))
         .await
-        .map_err(|status| agent.failure(&status))?
-        .into_inner()
-        .vms
-        .into_iter()
-        .map(Vm::from)
-        .collect();
+        .map_err(|status| agent.failure(&status));
+    let vms: Vec<Vm> = match listed {
+        Err(failure) if Agent::is_core(&failure) => {
+            return list_fleet(args, &agent, session).await;
+        }
+        listed => listed?.into_inner().vms.into_iter().map(Vm::from).collect(),
+    };
     session
         .printer
         .list(&vms, |vm| &vm.name, describe::vm_table)?;
@@ -31,6 +36,37 @@ pub(super) async fn list(args: VmList, session: &Session) -> Result<Exit, Failur
             "no VM has these tags"
         } else {
             "there are no VMs; make one with: ghostctl launch IMAGE (see: ghostctl image catalogue)"
+        });
+    }
+    Ok(Exit::Done)
+}
+
+/// The VMs of all hosts of a fleet.
+async fn list_fleet(args: VmList, agent: &Agent, session: &Session) -> Result<Exit, Failure> {
+    let filtered = !args.tags.is_empty();
+    let request = ListFleetVmsRequest {
+        host: agent.route().host().unwrap_or_default(),
+        tags: pairs(args.tags),
+        ..ListFleetVmsRequest::default()
+    };
+    let vms: Vec<FleetVm> = agent
+        .fleet()
+        .list_vms(ask(request))
+        .await
+        .map_err(|status| agent.fleet_failure(&status))?
+        .into_inner()
+        .vms
+        .into_iter()
+        .map(FleetVm::from)
+        .collect();
+    session
+        .printer
+        .list(&vms, |vm| &vm.name, describe_fleet::vm_table)?;
+    if vms.is_empty() {
+        session.printer.note(if filtered {
+            "no VM has these tags"
+        } else {
+            "no host has a VM; make one with: ghostctl launch IMAGE"
         });
     }
     Ok(Exit::Done)

@@ -6,6 +6,7 @@
 
 mod channel;
 mod endpoint;
+mod route;
 pub(crate) mod tls;
 mod trace;
 
@@ -17,11 +18,13 @@ use ghost_proto::agent::v1::{
     image_service_client::ImageServiceClient, network_service_client::NetworkServiceClient,
     operation_service_client::OperationServiceClient, vm_service_client::VmServiceClient,
 };
+use ghost_proto::core::v1::fleet_service_client::FleetServiceClient;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
 use tonic::{Request, Status};
 
 pub(crate) use endpoint::{DEFAULT_SOCKET, Endpoint};
+pub(crate) use route::Route;
 pub(crate) use trace::Trace;
 
 use crate::arguments::Global;
@@ -45,6 +48,7 @@ pub(crate) struct Session {
     pub(crate) printer: Printer,
     global: Global,
     trace: Trace,
+    route: std::sync::OnceLock<Route>,
 }
 
 /// The agent that is meant, and who we are to it.
@@ -55,12 +59,14 @@ pub(crate) struct Target {
     pub(crate) context: Option<Context>,
 }
 
-type Transport = InterceptedService<Channel, Trace>;
+type Transport = InterceptedService<Channel, route::Calls>;
 
 /// A connection to an agent.
 #[derive(Clone)]
 pub(crate) struct Agent {
-    transport: Transport,
+    channel: Channel,
+    trace: Trace,
+    route: Route,
     faults: tls::Faults,
     endpoint: Endpoint,
     context: Option<String>,
@@ -72,6 +78,7 @@ impl Session {
             printer: Printer::new(global.output, global.quiet),
             global,
             trace: Trace::new(),
+            route: std::sync::OnceLock::new(),
         }
     }
 
@@ -112,7 +119,8 @@ impl Session {
             context.map(|context| context.name.clone()),
             &self.trace,
         )
-        .await?;
+        .await?
+        .routed(self.route()?);
         if let Some(context) = context
             && let Err(failure) = renew::if_due(context, &agent).await
         {
@@ -123,6 +131,38 @@ impl Session {
             ));
         }
         Ok(agent)
+    }
+
+    /// Which host of a fleet is meant, where one was named.
+    fn route(&self) -> Result<Route, Failure> {
+        if let Some(route) = self.route.get() {
+            return Ok(route.clone());
+        }
+        let environment = || std::env::var("GHOST_HOST").ok();
+        let route = self
+            .global
+            .host
+            .clone()
+            .or_else(environment)
+            .filter(|host| !host.is_empty())
+            .map_or_else(|| Ok(Route::default()), |host| Route::to(&host))?;
+        Ok(self.route.get_or_init(|| route).clone())
+    }
+
+    /// How the next command begins that is about the same host.
+    pub(crate) fn ghostctl(&self) -> String {
+        match self.route.get().and_then(Route::host) {
+            Some(host) => format!("ghostctl --host {host}"),
+            None => "ghostctl".to_owned(),
+        }
+    }
+
+    /// Tells of a failure; its hint is about the same host.
+    pub(crate) fn failed(&self, failure: &Failure) {
+        match self.route.get().and_then(Route::host) {
+            Some(host) => self.printer.failure(&failure.clone().at_host(host)),
+            None => self.printer.failure(failure),
+        }
     }
 
     /// Which agent is meant.
@@ -168,11 +208,31 @@ impl Agent {
         let faults = tls::Faults::default();
         let channel = channel::open(endpoint, tls, &faults, context.as_deref()).await?;
         Ok(Self {
-            transport: InterceptedService::new(channel, trace.clone()),
+            channel,
+            trace: trace.clone(),
+            route: Route::default(),
             faults,
             endpoint: endpoint.clone(),
             context,
         })
+    }
+
+    /// With the host that calls are for.
+    fn routed(self, route: Route) -> Self {
+        Self { route, ..self }
+    }
+
+    fn transport(&self) -> Transport {
+        let calls = route::Calls {
+            trace: self.trace.clone(),
+            route: self.route.clone(),
+        };
+        InterceptedService::new(self.channel.clone(), calls)
+    }
+
+    /// Which host of a fleet calls are for.
+    pub(crate) fn route(&self) -> &Route {
+        &self.route
     }
 
     /// What a status of this agent means; a TLS alert that came after the handshake is what a
@@ -185,6 +245,23 @@ impl Agent {
             }
             _ => failure,
         }
+    }
+
+    /// What a status of a call about the fleet means; a host's own agent knows no such calls.
+    pub(crate) fn fleet_failure(&self, status: &Status) -> Failure {
+        if status.code() == tonic::Code::Unimplemented {
+            return Failure::new(
+                ErrorCode::NotFound,
+                format!("{} is a host's own agent and knows no fleet", self.endpoint),
+            )
+            .hint("name Ghost Core: --context NAME, or --endpoint https://CORE:7443");
+        }
+        self.failure(status)
+    }
+
+    /// Whether a failure says that Core was asked for what only a host has.
+    pub(crate) fn is_core(failure: &Failure) -> bool {
+        failure.code() == ErrorCode::HostRequired.as_str()
     }
 
     /// A failed change: where the answer was lost, the same request id finds out what happened.
@@ -200,35 +277,41 @@ impl Agent {
     }
 
     pub(crate) fn vms(&self) -> VmServiceClient<Transport> {
-        VmServiceClient::new(self.transport.clone()).max_decoding_message_size(MESSAGE_LIMIT)
+        VmServiceClient::new(self.transport()).max_decoding_message_size(MESSAGE_LIMIT)
     }
 
     pub(crate) fn images(&self) -> ImageServiceClient<Transport> {
-        ImageServiceClient::new(self.transport.clone()).max_decoding_message_size(MESSAGE_LIMIT)
+        ImageServiceClient::new(self.transport()).max_decoding_message_size(MESSAGE_LIMIT)
     }
 
     pub(crate) fn operations(&self) -> OperationServiceClient<Transport> {
-        OperationServiceClient::new(self.transport.clone()).max_decoding_message_size(MESSAGE_LIMIT)
+        OperationServiceClient::new(self.transport()).max_decoding_message_size(MESSAGE_LIMIT)
     }
 
     pub(crate) fn host(&self) -> HostServiceClient<Transport> {
-        HostServiceClient::new(self.transport.clone()).max_decoding_message_size(MESSAGE_LIMIT)
+        HostServiceClient::new(self.transport()).max_decoding_message_size(MESSAGE_LIMIT)
     }
 
     pub(crate) fn networks(&self) -> NetworkServiceClient<Transport> {
-        NetworkServiceClient::new(self.transport.clone()).max_decoding_message_size(MESSAGE_LIMIT)
+        NetworkServiceClient::new(self.transport()).max_decoding_message_size(MESSAGE_LIMIT)
     }
 
     pub(crate) fn events(&self) -> EventServiceClient<Transport> {
-        EventServiceClient::new(self.transport.clone()).max_decoding_message_size(MESSAGE_LIMIT)
+        EventServiceClient::new(self.transport()).max_decoding_message_size(MESSAGE_LIMIT)
     }
 
     pub(crate) fn guest(&self) -> GuestServiceClient<Transport> {
-        GuestServiceClient::new(self.transport.clone()).max_decoding_message_size(MESSAGE_LIMIT)
+        GuestServiceClient::new(self.transport()).max_decoding_message_size(MESSAGE_LIMIT)
+    }
+
+    /// The fleet, where Core is spoken to.
+    pub(crate) fn fleet(&self) -> FleetServiceClient<InterceptedService<Channel, Trace>> {
+        let calls = InterceptedService::new(self.channel.clone(), self.trace.clone());
+        FleetServiceClient::new(calls).max_decoding_message_size(MESSAGE_LIMIT)
     }
 
     pub(crate) fn access(&self) -> AccessServiceClient<Transport> {
-        AccessServiceClient::new(self.transport.clone()).max_decoding_message_size(MESSAGE_LIMIT)
+        AccessServiceClient::new(self.transport()).max_decoding_message_size(MESSAGE_LIMIT)
     }
 }
 

@@ -231,7 +231,7 @@ impl Copy<'_> {
         if !alone {
             return Err(failure);
         }
-        self.session.printer.failure(&failure);
+        self.session.failed(&failure);
         self.tally.failed(failure.exit());
         Ok(())
     }
