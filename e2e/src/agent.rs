@@ -30,6 +30,7 @@ pub struct Builder {
     environment: Vec<(String, String)>,
     simulated: bool,
     data_dir: Option<PathBuf>,
+    wrapper: Vec<String>,
 }
 
 /// A running (or killed, or stopped) agent.
@@ -38,6 +39,7 @@ pub struct Agent {
     data_dir: PathBuf,
     config: Value,
     environment: Vec<(String, String)>,
+    wrapper: Vec<String>,
     child: Option<Child>,
     hypervisor: Hypervisor,
     prefix: String,
@@ -58,6 +60,7 @@ impl Builder {
             environment: Vec::new(),
             simulated: false,
             data_dir: None,
+            wrapper: Vec::new(),
         }
     }
 
@@ -80,6 +83,13 @@ impl Builder {
     #[must_use]
     pub fn env(mut self, name: &str, value: &str) -> Self {
         self.environment.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// In a network namespace ([`crate::netlab::NetLab::wrapper`]); libvirt stays outside.
+    #[must_use]
+    pub fn within(mut self, wrapper: &[String]) -> Self {
+        self.wrapper = wrapper.to_vec();
         self
     }
 
@@ -134,6 +144,7 @@ impl Builder {
             data_dir,
             config,
             environment: self.environment,
+            wrapper: self.wrapper,
             child: None,
             hypervisor,
             prefix,
@@ -187,8 +198,11 @@ impl Agent {
             .append(true)
             .open(self.log_file())
             .expect("the log");
+        let mut words = self.wrapper.clone();
+        words.push(program("ghost-agent").display().to_string());
         self.child = Some(
-            Command::new(program("ghost-agent"))
+            Command::new(&words[0])
+                .args(&words[1..])
                 .args(["run", "--config"])
                 .arg(&config)
                 .env_clear()
@@ -304,6 +318,26 @@ impl Agent {
             Some(status) if status.success() => {}
             other => panic!("the agent ended with {other:?}\n{}", self.log_tail()),
         }
+    }
+
+    /// Joins a fleet by `ghost-agent enroll`, in the agent's network; the agent may run.
+    ///
+    /// # Panics
+    /// Where it cannot be called.
+    pub fn enroll(&self, token: &str, name: &str) -> ctl::Output {
+        #[expect(clippy::expect_used, reason = "the test cannot go on")]
+        fs::write(self.config_file(), self.config.to_string()).expect("the configuration");
+        let mut words = self.wrapper.clone();
+        words.push(program("ghost-agent").display().to_string());
+        let mut command = Command::new(&words[0]);
+        command
+            .args(&words[1..])
+            .args(["enroll", "--config"])
+            .arg(self.config_file())
+            .args(["--token", token, "--name", name])
+            .env_clear()
+            .envs(own_environment());
+        ctl::run(command, &[])
     }
 
     /// `ghostctl` over the agent's socket.
@@ -546,18 +580,18 @@ pub fn free_port() -> u16 {
 }
 
 /// Our environment without what configures an agent or these tests.
-fn own_environment() -> impl Iterator<Item = (std::ffi::OsString, std::ffi::OsString)> {
+pub(crate) fn own_environment() -> impl Iterator<Item = (std::ffi::OsString, std::ffi::OsString)> {
     std::env::vars_os().filter(|(name, _)| !name.to_string_lossy().starts_with("GHOST_"))
 }
 
-fn set(config: &mut Value, key: &str, value: Value) {
+pub(crate) fn set(config: &mut Value, key: &str, value: Value) {
     let nested = key
         .rsplit('.')
         .fold(value, |inner, part| json!({ part: inner }));
     merge(config, &nested);
 }
 
-fn merge(into: &mut Value, from: &Value) {
+pub(crate) fn merge(into: &mut Value, from: &Value) {
     match (into, from) {
         (Value::Object(into), Value::Object(from)) => {
             for (key, value) in from {

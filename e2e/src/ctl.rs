@@ -17,6 +17,7 @@ pub struct Ctl {
     program: PathBuf,
     endpoint: Option<String>,
     environment: Vec<(String, OsString)>,
+    wrapper: Vec<String>,
 }
 
 /// What a program left.
@@ -37,6 +38,7 @@ impl Ctl {
             program,
             endpoint,
             environment: Vec::new(),
+            wrapper: Vec::new(),
         }
     }
 
@@ -47,9 +49,23 @@ impl Ctl {
         self
     }
 
+    /// In a network namespace ([`crate::netlab::NetLab::wrapper`]).
+    #[must_use]
+    pub fn within(mut self, wrapper: &[String]) -> Self {
+        self.wrapper = wrapper.to_vec();
+        self
+    }
+
     /// The command, not started.
     pub fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(&self.program);
+        let mut command = match self.wrapper.split_first() {
+            Some((first, rest)) => {
+                let mut command = Command::new(first);
+                command.args(rest).arg(&self.program);
+                command
+            }
+            None => Command::new(&self.program),
+        };
         if let Some(endpoint) = &self.endpoint {
             command.args(["--endpoint", endpoint]);
         }

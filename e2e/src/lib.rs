@@ -10,6 +10,7 @@
 pub mod agent;
 pub mod auditor;
 pub mod binaries;
+pub mod core;
 pub mod ctl;
 pub mod guest;
 pub mod http;

@@ -139,7 +139,7 @@ impl NetLab {
     ///
     /// # Panics
     /// Where the namespace cannot be entered.
-    #[expect(clippy::expect_used, clippy::panic, reason = "the test cannot go on")]
+    #[expect(clippy::expect_used, reason = "the test cannot go on")]
     pub fn enter<T: Send + 'static>(
         &self,
         name: &str,
