@@ -127,6 +127,7 @@ impl Adapters {
                 telemetry_interval: config.guest.telemetry_interval,
                 ..GuestOptions::default()
             },
+            core_permissions: Default::default(),
             failpoints: crate::failpoints::from_environment()?,
         };
         let application = Application::start(self.ports, options).await?;

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use ghost_domain::fleet::CorePermissions;
 use ghost_domain::guest::GuestInject;
 use ghost_domain::ports::{
     AuditLog, CertificateAuthority, Clock, GuestLinks, HostProbe, Hypervisor, ImageCache,
@@ -13,6 +14,7 @@ use ghost_domain::{ByteSize, EventKind, OperationKind, Overcommit, Reserved, Res
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::fleet::{self, Fleet, LinkPlace};
 use crate::guest::{Door, GuestOptions};
 use crate::operations::{Engine, Failpoints};
 use crate::registry::{Model, Registry};
@@ -57,6 +59,8 @@ pub struct Options {
     pub overcommit: Overcommit,
     /// See [`GuestOptions`].
     pub guest: GuestOptions,
+    /// What Ghost Core's principals may do.
+    pub core_permissions: CorePermissions,
     /// Breaks operations on purpose, in tests.
     pub failpoints: Option<Failpoints>,
 }
@@ -187,6 +191,14 @@ pub struct UseCases {
     pub list_audit: guest::ListAudit,
     /// See [`guest::VerifyAudit`].
     pub verify_audit: guest::VerifyAudit,
+    /// See [`fleet::AdmitCore`].
+    pub admit_core: fleet::AdmitCore,
+    /// See [`fleet::GetCoreLink`].
+    pub get_core_link: fleet::GetCoreLink,
+    /// See [`fleet::ReconnectCore`].
+    pub reconnect_core: fleet::ReconnectCore,
+    /// See [`fleet::AllowCoreDeletes`].
+    pub allow_core_deletes: fleet::AllowCoreDeletes,
 }
 
 /// How long the first look at libvirt is waited for.
@@ -195,6 +207,7 @@ const FIRST_LOOK: Duration = Duration::from_secs(2);
 /// The running application.
 pub struct Application {
     use_cases: Arc<UseCases>,
+    fleet: Arc<Fleet>,
     engine: Arc<Engine>,
     door: Arc<Door>,
     store: Arc<dyn StateStore>,
@@ -221,7 +234,8 @@ impl Application {
                 _ => None,
             })
             .collect();
-        let model = Model::new(contents, started, options.reserved, options.overcommit);
+        let mut model = Model::new(contents, started, options.reserved, options.overcommit);
+        model.core_permissions = options.core_permissions;
         let registry = Registry::new(model, Arc::clone(&ports.store), Arc::clone(&ports.clock));
         if let Some(detail) = damage {
             tracing::error!(detail, "the state store was damaged");
@@ -258,14 +272,27 @@ impl Application {
             guest: options.guest.clone(),
             stop: stop.clone(),
         };
+        let place = LinkPlace::default();
         let use_cases = Arc::new(use_cases(
             &registry,
             &engine,
             &door,
             &ports,
             (options.guest.inject, started),
+            &place,
         ));
+        let fleet = Fleet::new(
+            Arc::clone(&registry),
+            ports.clone(),
+            Arc::clone(&use_cases),
+            place,
+        );
+        fleet.reconcile().await;
         let tasks = TaskTracker::new();
+        tasks.spawn({
+            let (fleet, stop) = (Arc::clone(&fleet), stop.clone());
+            async move { stop.run_until_cancelled(fleet.supervise()).await }
+        });
         supervisor.spawn(&tasks, &stop);
         // Whoever calls at once should not meet states that are unknown for half a second more.
         // Where libvirt is away the agent serves without it.
@@ -275,6 +302,7 @@ impl Application {
         }
         Ok(Self {
             use_cases,
+            fleet,
             engine,
             door,
             store: Arc::clone(&ports.store),
@@ -286,6 +314,11 @@ impl Application {
     /// The use cases, for the shells.
     pub fn use_cases(&self) -> Arc<UseCases> {
         Arc::clone(&self.use_cases)
+    }
+
+    /// This host's side of the link to Ghost Core.
+    pub fn fleet(&self) -> Arc<Fleet> {
+        Arc::clone(&self.fleet)
     }
 
     /// Refuses new work, lets short steps finish within `patience`, leaves long ones journalled,
@@ -336,6 +369,7 @@ fn use_cases(
     door: &Arc<Door>,
     ports: &Ports,
     (inject, started): (GuestInject, ghost_domain::Monotonic),
+    place: &LinkPlace,
 ) -> UseCases {
     let registry = || Arc::clone(registry);
     let engine = || Arc::clone(engine);
@@ -440,6 +474,7 @@ fn use_cases(
             registry: registry(),
             ports: ports(),
             started,
+            core: Arc::clone(place),
         },
         check_health: host::CheckHealth {
             registry: registry(),
@@ -448,6 +483,7 @@ fn use_cases(
         collect_metrics: host::CollectMetrics {
             registry: registry(),
             ports: ports(),
+            core: Arc::clone(place),
         },
         watch_events: event::WatchEvents {
             registry: registry(),
@@ -517,5 +553,18 @@ fn use_cases(
             ports: ports(),
         },
         verify_audit: guest::VerifyAudit { ports: ports() },
+        admit_core: fleet::AdmitCore {
+            registry: registry(),
+        },
+        get_core_link: fleet::GetCoreLink {
+            registry: registry(),
+            place: Arc::clone(place),
+        },
+        reconnect_core: fleet::ReconnectCore {
+            place: Arc::clone(place),
+        },
+        allow_core_deletes: fleet::AllowCoreDeletes {
+            registry: registry(),
+        },
     }
 }

@@ -14,6 +14,7 @@ use ghost_domain::{
 };
 
 use crate::application::Ports;
+use crate::fleet::{CoreLinkView, LinkPlace, link};
 use crate::registry::{HypervisorLink, Registry, VmEntry};
 
 /// How the host and its agent stand.
@@ -47,6 +48,8 @@ pub struct HostStatusView {
     pub uptime: Duration,
     /// What does not work, with its remedy.
     pub warnings: Vec<String>,
+    /// How the link to Ghost Core fares.
+    pub core: CoreLinkView,
     /// SHA-256 of the agent's CA certificate.
     pub authority_fingerprint: String,
 }
@@ -59,6 +62,7 @@ pub struct GetStatus {
     pub(crate) registry: Arc<Registry>,
     pub(crate) ports: Ports,
     pub(crate) started: ghost_domain::Monotonic,
+    pub(crate) core: LinkPlace,
 }
 
 impl GetStatus {
@@ -84,6 +88,7 @@ impl GetStatus {
             None
         };
         let now = self.registry.clock().monotonic();
+        let wall = self.registry.clock().now();
         self.registry.report(|model| model.host = resources);
         Ok(self.registry.read(|model| {
             let mut vms: BTreeMap<&'static str, u32> = BTreeMap::new();
@@ -92,6 +97,8 @@ impl GetStatus {
                     .or_default() += 1;
             }
             let mut warnings = model.warnings.clone();
+            let core = link::view(model, &self.core, wall);
+            warnings.extend(core.warnings(wall));
             if !model.link.connected {
                 warnings.push(format!(
                     "libvirt cannot be reached ({}): ghost-agent doctor",
@@ -115,13 +122,10 @@ impl GetStatus {
                 vms,
                 open_operations: u32::try_from(model.open_operations().count()).unwrap_or(u32::MAX),
                 store,
-                agent_state: match (model.draining, model.recovering) {
-                    (true, _) => "draining",
-                    (false, true) => "recovering",
-                    (false, false) => "running",
-                },
+                agent_state: model.agent_state(),
                 uptime: now.since(self.started),
                 warnings,
+                core,
                 authority_fingerprint: self.ports.authority.fingerprint(),
             }
         }))
@@ -235,12 +239,17 @@ pub struct MetricsView {
     pub image_bytes: ByteSize,
     /// Operations under way.
     pub open_operations: u32,
+    /// How the link to Ghost Core fares.
+    pub core: CoreLinkView,
+    /// Until when its certificate is good, from now; `None` where this host is in no fleet.
+    pub core_certificate_left: Option<Duration>,
 }
 
 /// Collects what metrics are made of: one bulk call to libvirt, all else from memory.
 pub struct CollectMetrics {
     pub(crate) registry: Arc<Registry>,
     pub(crate) ports: Ports,
+    pub(crate) core: LinkPlace,
 }
 
 impl CollectMetrics {
@@ -269,8 +278,10 @@ impl CollectMetrics {
             .filter_map(|one| one.id.map(|id| (id, one)))
             .collect();
         let now = self.registry.clock().monotonic();
+        let wall = self.registry.clock().now();
         self.registry.report(|model| model.host = resources);
         Ok(self.registry.read(|model| {
+            let core = link::view(model, &self.core, wall);
             let files: BTreeMap<ImageDigest, ByteSize> = model
                 .images
                 .values()
@@ -300,6 +311,11 @@ impl CollectMetrics {
                 images: u32::try_from(files.len()).unwrap_or(u32::MAX),
                 image_bytes: files.into_values().sum(),
                 open_operations: u32::try_from(model.open_operations().count()).unwrap_or(u32::MAX),
+                core_certificate_left: core
+                    .identity
+                    .as_ref()
+                    .map(|identity| identity.expires_at.since(wall)),
+                core,
             }
         }))
     }

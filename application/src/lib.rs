@@ -13,6 +13,7 @@
 pub mod access;
 mod application;
 pub mod event;
+pub mod fleet;
 pub mod guest;
 pub mod host;
 pub mod image;

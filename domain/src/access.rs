@@ -131,6 +131,14 @@ impl Principal {
         if self.guest_access {
             return Ok(());
         }
+        if let PrincipalSource::Core { .. } = self.source {
+            return Err(Error::new(
+                ErrorCode::CorePermissionDenied,
+                "the host's owner does not let Ghost Core do this",
+            )
+            .because("core.permissions is not operate_and_enter: guests may not be entered")
+            .hint("the owner decides: core.permissions in /etc/ghost/agent.yaml on the host"));
+        }
         Err(Error::new(
             ErrorCode::PermissionDenied,
             format!("{} may not enter guests", self.name),

@@ -123,6 +123,25 @@ pub enum EventKind {
         /// Why.
         reason: String,
     },
+    /// The link to Ghost Core is up.
+    CoreConnected {
+        /// How: `link`, `piko`, `direct`.
+        carrier: String,
+        /// The replica at the other end.
+        replica: String,
+    },
+    /// The link to Ghost Core is no more.
+    CoreLost {
+        /// Why.
+        reason: String,
+    },
+    /// The owner lets Core delete more VMs than usual for a while, or does so no longer.
+    CoreDeletes {
+        /// Until when; `None`: as usual again.
+        until: Option<Timestamp>,
+        /// By whom.
+        by: String,
+    },
 }
 
 impl EventKind {
@@ -146,6 +165,9 @@ impl EventKind {
             Self::GuestMisbehaved { .. } => "guest_misbehaved",
             Self::GuestUpdated { .. } => "guest_updated",
             Self::Lockdown { .. } => "lockdown",
+            Self::CoreConnected { .. } => "core_connected",
+            Self::CoreLost { .. } => "core_lost",
+            Self::CoreDeletes { .. } => "core_deletes",
         }
     }
 
@@ -158,6 +180,8 @@ impl EventKind {
             | Self::StateRebuilt { .. }
             | Self::GuestMisbehaved { .. }
             | Self::GuestUpdated { updated: false, .. }
+            | Self::CoreLost { .. }
+            | Self::CoreDeletes { until: Some(_), .. }
             | Self::Lockdown { active: true, .. } => Severity::Warning,
             Self::Operation { status, .. } => match status {
                 OperationStatus::Failed | OperationStatus::NeedsAttention => Severity::Error,
@@ -181,6 +205,8 @@ impl EventKind {
             | Self::GuestConnected { .. }
             | Self::GuestDisconnected { .. }
             | Self::GuestUpdated { updated: true, .. }
+            | Self::CoreConnected { .. }
+            | Self::CoreDeletes { until: None, .. }
             | Self::Lockdown { active: false, .. } => Severity::Info,
         }
     }
@@ -251,6 +277,16 @@ impl EventKind {
             Self::Lockdown {
                 active: false, by, ..
             } => format!("ways into guests opened again by {by}"),
+            Self::CoreConnected { carrier, replica } => {
+                format!("connected to Ghost Core ({replica}) by {carrier}")
+            }
+            Self::CoreLost { reason } => format!("link to Ghost Core lost: {reason}"),
+            Self::CoreDeletes { until: Some(_), by } => {
+                format!("{by} lets Ghost Core delete more VMs than usual for a while")
+            }
+            Self::CoreDeletes { until: None, by } => {
+                format!("Ghost Core may delete VMs only as usual again, by {by}")
+            }
         }
     }
 }

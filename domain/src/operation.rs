@@ -280,6 +280,8 @@ pub struct Operation {
     pub request_hash: u64,
     /// Who asked.
     pub requested_by: String,
+    /// Whether it was asked for through Ghost Core.
+    pub through_core: bool,
     /// Where it stands.
     pub status: OperationStatus,
     /// Why it failed, was cancelled or needs attention.

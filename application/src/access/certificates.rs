@@ -11,6 +11,7 @@ use ghost_domain::{
 use super::secrets;
 use super::tokens::IssuedIdentity;
 use crate::application::Ports;
+use crate::fleet::check_own;
 use crate::registry::{Decision, Registry};
 
 /// A certificate that ended this long ago, unrenewed, is forgotten.
@@ -62,6 +63,7 @@ impl ListCertificates {
     /// # Errors
     /// `PermissionDenied`.
     pub async fn execute(&self, principal: &Principal) -> Result<Vec<Certificate>> {
+        check_own(principal)?;
         principal.require(Role::Admin)?;
         let mut certificates: Vec<Certificate> = self
             .registry
@@ -83,6 +85,7 @@ impl RevokeCertificate {
     /// # Errors
     /// `CredentialNotFound`, `StoreUnavailable`.
     pub async fn execute(&self, principal: &Principal, selector: &str) -> Result<Certificate> {
+        check_own(principal)?;
         principal.require(Role::Admin)?;
         let selector = selector.to_owned();
         let now = self.registry.clock().now();

@@ -9,6 +9,7 @@ use ghost_domain::{
 };
 
 use super::secrets;
+use crate::fleet::check_own;
 use crate::registry::{Decision, Registry};
 
 /// What key to make.
@@ -39,6 +40,7 @@ impl CreateKey {
         principal: &Principal,
         command: CreateKeyCommand,
     ) -> Result<(Secret, ApiKey)> {
+        check_own(principal)?;
         principal.require_issuing(command.guest_access)?;
         let name = secrets::holder_name(&command.name)?;
         let secret = secrets::random()?;
@@ -76,6 +78,7 @@ impl ListKeys {
     /// # Errors
     /// `PermissionDenied`.
     pub async fn execute(&self, principal: &Principal) -> Result<Vec<ApiKey>> {
+        check_own(principal)?;
         principal.require(Role::Admin)?;
         let mut keys: Vec<ApiKey> = self
             .registry
@@ -97,6 +100,7 @@ impl RevokeKey {
     /// # Errors
     /// `CredentialNotFound`, `StoreUnavailable`.
     pub async fn execute(&self, principal: &Principal, selector: &str) -> Result<ApiKey> {
+        check_own(principal)?;
         principal.require(Role::Admin)?;
         let selector = selector.to_owned();
         let now = self.registry.clock().now();

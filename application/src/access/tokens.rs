@@ -11,6 +11,7 @@ use ghost_domain::{
 
 use super::secrets;
 use crate::application::Ports;
+use crate::fleet::check_own;
 use crate::registry::{Decision, Registry};
 
 /// How long a token can be used.
@@ -34,6 +35,7 @@ impl CreateToken {
         role: Role,
         guest_access: bool,
     ) -> Result<(Secret, JoinToken)> {
+        check_own(principal)?;
         principal.require_issuing(guest_access)?;
         let secret = secrets::random()?;
         let now = self.registry.clock().now();

@@ -14,6 +14,7 @@ use ghost_domain::{Error, EventKind, Principal, Result, Role, VmId};
 use super::GuestTarget;
 use super::detail::escape;
 use super::door::{Door, failed};
+use crate::fleet::check_enter;
 use crate::registry::Decision;
 
 /// Why calls end that were under way.
@@ -66,7 +67,9 @@ impl SetGuestAccess {
             ..AuditRecord::default()
         };
         let allowed = if access {
-            principal.require_guest_access()
+            door.registry
+                .read(|model| check_enter(model, principal))
+                .and_then(|()| principal.require_guest_access())
         } else {
             principal.require(Role::Operator)
         };

@@ -6,6 +6,7 @@ use ghost_domain::guest::{AuditEntry, AuditVerdict};
 use ghost_domain::{Principal, Result, Role, Timestamp, VmId};
 
 use crate::application::Ports;
+use crate::fleet::check_own;
 use crate::registry::Registry;
 
 /// Which entries.
@@ -35,6 +36,7 @@ impl ListAudit {
         principal: &Principal,
         command: &ListAuditCommand,
     ) -> Result<Vec<AuditEntry>> {
+        check_own(principal)?;
         principal.require(Role::Admin)?;
         let vm = match &command.vm {
             None => None,
@@ -65,6 +67,7 @@ impl VerifyAudit {
     /// # Errors
     /// `PermissionDenied`, `IoFailed`.
     pub async fn execute(&self, principal: &Principal) -> Result<AuditVerdict> {
+        check_own(principal)?;
         principal.require(Role::Admin)?;
         self.ports.audit.verify().await
     }

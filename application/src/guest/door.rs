@@ -145,7 +145,11 @@ impl Door {
             // What the caller called it, for whoever looks for attempts.
             Err(_) => record.vm_name = escape(&target.vm, 128),
         }
-        let checked = match (principal.require_guest_access(), found) {
+        let allowed = self
+            .registry
+            .read(|model| crate::fleet::check_enter(model, principal))
+            .and_then(|()| principal.require_guest_access());
+        let checked = match (allowed, found) {
             (Err(error), _) | (Ok(()), Err(error)) => Err(error),
             (Ok(()), Ok((id, _))) => {
                 self.let_update(id).await;
@@ -157,6 +161,7 @@ impl Door {
             Err(error) => {
                 let outcome = match error.code() {
                     ErrorCode::PermissionDenied
+                    | ErrorCode::CorePermissionDenied
                     | ErrorCode::GuestAccessOff
                     | ErrorCode::Lockdown => format!("denied: {}", error.code()),
                     code => format!("failed: {code}"),
@@ -387,7 +392,10 @@ pub(crate) fn locked(lockdown: &Lockdown) -> Error {
 /// The outcome of a line for a call that failed.
 pub(super) fn failed(error: &Error) -> String {
     match error.code() {
-        ErrorCode::PermissionDenied | ErrorCode::GuestAccessOff | ErrorCode::Lockdown => {
+        ErrorCode::PermissionDenied
+        | ErrorCode::CorePermissionDenied
+        | ErrorCode::GuestAccessOff
+        | ErrorCode::Lockdown => {
             format!("denied: {}", error.code())
         }
         code => format!("failed: {code}"),

@@ -8,6 +8,7 @@ use ghost_domain::{Error, ErrorCode, EventKind, Principal, Result, Role};
 
 use super::detail::escape;
 use super::door::Door;
+use crate::fleet::check_own;
 use crate::registry::{Decision, Registry};
 
 /// What to do.
@@ -58,7 +59,7 @@ impl SetLockdown {
             request_id: escape(&command.request_id, 128),
             ..AuditRecord::default()
         };
-        if let Err(error) = principal.require(Role::Admin) {
+        if let Err(error) = check_own(principal).and_then(|()| principal.require(Role::Admin)) {
             self.door.write_refusal(AuditRecord {
                 outcome: format!("denied: {}", error.code()),
                 ..record

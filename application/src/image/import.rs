@@ -9,6 +9,7 @@ use ghost_domain::{
 };
 
 use crate::application::Ports;
+use crate::fleet::check_own;
 use crate::operations::{Engine, Submission};
 use crate::registry::{OperationView, Registry};
 
@@ -52,6 +53,7 @@ impl ImportImage {
         command: ImportImageCommand,
     ) -> Result<Upload> {
         principal.require(Role::Operator)?;
+        check_own(principal)?;
         let name = ImageName::new(command.name)?;
         let known = command.request_id.clone();
         self.registry.read(|model| {

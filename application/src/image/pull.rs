@@ -8,6 +8,7 @@ use ghost_domain::{
 
 use super::source_of;
 use crate::application::Ports;
+use crate::fleet::check_own;
 use crate::operations::{Engine, Submission};
 use crate::registry::OperationView;
 
@@ -43,6 +44,9 @@ impl PullImage {
         command: PullImageCommand,
     ) -> Result<OperationView> {
         principal.require(Role::Operator)?;
+        if command.url.is_some() || command.checksum.is_some() {
+            check_own(principal)?;
+        }
         let name = ImageName::new(command.name)?;
         let checksum = command
             .checksum

@@ -8,7 +8,7 @@ use std::time::Duration;
 use ghost_domain::ports::Change;
 use ghost_domain::{
     Error, ErrorCode, EventKind, JournalEntry, JournalEvent, Operation, OperationId, OperationKind,
-    OperationStatus, Principal, Progress, RequestId, Result, VmId,
+    OperationStatus, Principal, PrincipalSource, Progress, RequestId, Result, VmId,
 };
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, SemaphorePermit};
@@ -116,6 +116,7 @@ impl Engine {
         let id = OperationId::random();
         let now = self.registry.clock().now();
         let requested_by = principal.name.clone();
+        let through_core = matches!(principal.source, PrincipalSource::Core { .. });
         let submitted = self
             .registry
             .transact(move |model| {
@@ -147,6 +148,7 @@ impl Engine {
                     request_id: submission.request_id,
                     request_hash: submission.request_hash,
                     requested_by,
+                    through_core,
                     status: OperationStatus::Pending,
                     error: None,
                     created_at: now,
@@ -156,6 +158,13 @@ impl Engine {
                     journal: Vec::new(),
                 };
                 changes.push(Change::PutOperation(Box::new(operation.clone())));
+                // A command of Core: taken and begun in one commit.
+                if let Some(taking) = &model.taking
+                    && operation.request_id.as_ref() == Some(&taking.request)
+                {
+                    let ledger = taking.accepted(&model.fleet_ledger, id, now)?;
+                    changes.push(Change::PutFleetLedger(ledger));
+                }
                 changes.extend(forgotten(model, now));
                 let notice = notice(&operation);
                 let (vm, subject) = (operation.vm, operation.subject.clone());
@@ -616,6 +625,8 @@ impl Engine {
                     operation.error = error.map(|error| error.of_operation(id));
                     let (mut changes, notices) = plan::completion(model, &operation, now);
                     changes.push(Change::PutOperation(Box::new(operation.clone())));
+                    let ledger = crate::fleet::ended(&model.fleet_ledger, &operation);
+                    changes.extend(ledger.map(Change::PutFleetLedger));
                     let mut decision = Decision::of((), changes).notice(
                         notice(&operation),
                         operation.vm,

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ghost_domain::fleet::FleetLedger;
+use ghost_domain::fleet::{CorePermissions, FleetLedger};
 use ghost_domain::guest::Lockdown;
 use ghost_domain::ports::{Change, StoreContents, VmStorageUsage};
 use ghost_domain::vm::{Lifecycle, Observation, ShownState, Vm, VmState, show};
@@ -18,6 +18,7 @@ use ghost_domain::{
 
 use super::Notice;
 use super::guest::GuestSeen;
+use crate::fleet::{CoreSeen, Taking};
 
 /// How the link to the hypervisor stands.
 #[derive(Clone, Debug)]
@@ -72,6 +73,12 @@ pub(crate) struct Model {
     pub(crate) fleet_ledger: FleetLedger,
     /// Until when the owner lets Core delete more VMs than usual.
     pub(crate) delete_consent: Option<Timestamp>,
+    /// What the owner lets Core's principals do.
+    pub(crate) core_permissions: CorePermissions,
+    /// The command of Core that is being taken now.
+    pub(crate) taking: Option<Taking>,
+    /// How the link to Core fares.
+    pub(crate) core: CoreSeen,
     pub(crate) link: HypervisorLink,
     /// Records may be missing: nothing may be destroyed until libvirt was asked.
     pub(crate) recovering: bool,
@@ -102,6 +109,9 @@ impl Model {
             lockdown: contents.lockdown,
             fleet_ledger: contents.fleet_ledger.unwrap_or_default(),
             delete_consent: contents.delete_consent,
+            core_permissions: CorePermissions::default(),
+            taking: None,
+            core: CoreSeen::default(),
             link: HypervisorLink {
                 connected: false,
                 last_contact: now,
@@ -239,7 +249,10 @@ impl Model {
             Change::PutBootId(boot_id) => self.boot_id = Some(boot_id),
             Change::PutLockdown(lockdown) => self.lockdown = Some(lockdown),
             Change::DeleteLockdown => self.lockdown = None,
-            Change::PutFleetLedger(ledger) => self.fleet_ledger = ledger,
+            Change::PutFleetLedger(ledger) => {
+                self.core.count(&self.fleet_ledger, &ledger);
+                self.fleet_ledger = ledger;
+            }
             Change::PutDeleteConsent(until) => self.delete_consent = Some(until),
         }
     }
@@ -428,6 +441,15 @@ impl Model {
             committed = committed.plus(demand);
         }
         Capacity::compute(self.host, self.reserved, self.overcommit, committed, held)
+    }
+
+    /// `running`, `recovering` or `draining`.
+    pub(crate) const fn agent_state(&self) -> &'static str {
+        match (self.draining, self.recovering) {
+            (true, _) => "draining",
+            (false, true) => "recovering",
+            (false, false) => "running",
+        }
     }
 
     /// Refuses mutations while the agent drains.

@@ -300,6 +300,7 @@ impl OperationView {
             request_id: None,
             request_hash: 0,
             requested_by: requested_by.to_owned(),
+            through_core: false,
             status: OperationStatus::Succeeded,
             error: None,
             created_at: now,

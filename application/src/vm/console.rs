@@ -9,6 +9,7 @@ use ghost_domain::{Error, Principal, Result, Role, VmId};
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use crate::application::Ports;
+use crate::fleet::check_enter;
 use crate::guest::{Door, escape, locked};
 use crate::registry::Registry;
 
@@ -29,7 +30,11 @@ impl OpenConsole {
         let registry = &self.door.registry;
         let (id, name, closed) = registry.read(|model| {
             let entry = model.find_vm(vm)?;
-            let closed = model.lockdown.as_ref().map(locked);
+            let closed = model
+                .lockdown
+                .as_ref()
+                .map(locked)
+                .or_else(|| check_enter(model, principal).err());
             Ok::<_, Error>((entry.vm.id, entry.vm.name.clone(), closed))
         })?;
         let outcome = match closed {
@@ -117,9 +122,10 @@ impl OpenLog {
         tail_bytes: Option<u64>,
     ) -> Result<Box<dyn LogReader>> {
         principal.require(Role::Operator)?;
-        let id = self
-            .registry
-            .read(|model| model.find_vm(vm).map(|entry| entry.vm.id))?;
+        let id = self.registry.read(|model| {
+            check_enter(model, principal)?;
+            model.find_vm(vm).map(|entry| entry.vm.id)
+        })?;
         self.ports.storage.open_log(id, tail_bytes).await
     }
 }

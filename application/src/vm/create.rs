@@ -16,6 +16,7 @@ use ghost_domain::{
 
 use super::names;
 use crate::application::Ports;
+use crate::fleet;
 use crate::image::source_of;
 use crate::operations::{Engine, Submission, check_disk};
 use crate::registry::{Model, OperationView, Registry};
@@ -89,7 +90,8 @@ impl CreateVm {
         principal.require(Role::Operator)?;
         let request_hash = Submission::hash(&command);
         let now = self.registry.clock().now();
-        let (vm, disk_given) = draft(&command, self.inject, now)?;
+        let (mut vm, disk_given) = draft(&command, self.inject, now)?;
+        vm.owner = fleet::owner_of(principal);
         self.ports.storage.validate_seed(&vm.cloud_init)?;
         self.refresh_host().await?;
         let cached = self
@@ -309,6 +311,7 @@ fn draft(command: &CreateVmCommand, inject: GuestInject, now: Timestamp) -> Resu
         created_at: now,
         registered_addresses: Vec::new(),
         crash_restarts: Vec::new(),
+        owner: None,
     };
     Ok((vm, command.disk_bytes.is_some()))
 }

@@ -9,6 +9,7 @@ use ghost_domain::{Error, ErrorCode, OperationKind, Principal, RequestId, Result
 use super::create::check_link;
 use super::power::{check_state, find};
 use super::update::check_generation;
+use crate::fleet;
 use crate::operations::{Engine, Submission};
 use crate::registry::{OperationView, Registry};
 
@@ -36,7 +37,8 @@ impl DeleteVm {
     ///
     /// # Errors
     /// `VmNotFound`, `VmRunning`, `DeleteProtected`, `GenerationMismatch`, `Recovering`,
-    /// `HypervisorUnavailable`, and those of every submission.
+    /// `HypervisorUnavailable`, `ConfirmationRequired` for a principal of Core that deletes too many,
+    /// and those of every submission.
     pub async fn execute(
         &self,
         principal: &Principal,
@@ -60,6 +62,7 @@ impl DeleteVm {
             request_id: command.request_id,
         };
         let registry = Arc::clone(&self.registry);
+        let caller = principal.clone();
         self.engine
             .submit(principal, submission, move |model| {
                 model.check_recovered()?;
@@ -82,6 +85,7 @@ impl DeleteVm {
                 };
                 check_state(model, id, request, registry.clock().monotonic())?;
                 check_link(model)?;
+                fleet::check_delete_budget(model, &caller, id, registry.clock().now())?;
                 let mut vm = Vm::clone(&entry.vm);
                 vm.lifecycle = Lifecycle::Deleting;
                 Ok(vec![Change::PutVm(Box::new(vm))])

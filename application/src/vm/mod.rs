@@ -49,6 +49,7 @@ pub(crate) mod tests_support {
             created_at: Timestamp::default(),
             registered_addresses: Vec::new(),
             crash_restarts: Vec::new(),
+            owner: None,
         }
     }
 }

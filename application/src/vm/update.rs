@@ -10,6 +10,7 @@ use ghost_domain::{
 
 use super::create::check_link;
 use super::power::{check_state, find};
+use crate::fleet;
 use crate::guest::{GuestTarget, SetGuestAccess};
 use crate::operations::{Engine, Submission, apply_change};
 use crate::registry::{Model, OperationView, Registry};
@@ -108,10 +109,14 @@ impl UpdateVm {
             request_id: command.request_id,
         };
         let registry = Arc::clone(&self.registry);
+        let caller = principal.clone();
         let view = self
             .engine
             .submit(principal, submission, move |model| {
                 let entry = model.vm(id)?;
+                if change.guest_access == Some(true) {
+                    fleet::check_enter(model, &caller)?;
+                }
                 check_generation(&entry.vm, command.expected_generation)?;
                 if change.concerns_domain() {
                     check_link(model)?;

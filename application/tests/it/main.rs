@@ -9,6 +9,7 @@
 
 mod crash;
 mod credentials;
+mod fleet;
 mod guest;
 mod images;
 mod lifecycle;

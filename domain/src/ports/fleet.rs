@@ -46,6 +46,11 @@ pub trait CoreLinkHandler: Send + Sync {
 
     /// The link's state changed, for status, metrics and events.
     fn link_changed(&self, state: LinkState);
+
+    /// A heartbeat was answered by Core (`true`), or the link ended before it was.
+    fn heartbeat_ended(&self, answered: bool) {
+        let _ = answered;
+    }
 }
 
 /// The link, for those who ask about it.

@@ -359,4 +359,11 @@ pub struct Vm {
     pub registered_addresses: Vec<(MacAddress, IpAddr)>,
     /// When it was started again after crashes, newest last; pruned to the policy's window.
     pub crash_restarts: Vec<Timestamp>,
+    /// Who created it through Ghost Core, `<tenant>/<user>`; `None` for the host's owner.
+    pub owner: Option<String>,
+}
+
+impl Vm {
+    /// Most bytes of [`Vm::owner`]: a tenant's name, a stroke and a user's name.
+    pub const MOST_OWNER: usize = 256;
 }

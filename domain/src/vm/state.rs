@@ -409,6 +409,7 @@ mod tests {
             created_at: Timestamp::default(),
             registered_addresses: Vec::new(),
             crash_restarts: Vec::new(),
+            owner: None,
         }
     }
 

@@ -185,6 +185,7 @@ fn vm() -> Vm {
         created_at: Timestamp::from(SystemTime::now()),
         registered_addresses: Vec::new(),
         crash_restarts: Vec::new(),
+        owner: None,
     }
 }
 

@@ -22,7 +22,7 @@ use ghost_domain::{
 };
 use parking_lot::Mutex;
 
-use super::{Domain, Guest, World};
+use super::{Dies, Domain, Guest, World};
 
 pub(crate) struct Fake {
     pub(crate) world: World,
@@ -654,14 +654,8 @@ fn put<T, K: PartialEq>(records: &mut Vec<T>, record: T, key: impl Fn(&T) -> K) 
     records.push(record);
 }
 
-#[async_trait]
-impl StateStore for Fake {
-    async fn load(&self) -> Result<StoreContents> {
-        Ok(self.world.survivors.lock().store.clone())
-    }
-
-    async fn commit(&self, changes: Vec<Change>) -> Result<()> {
-        tokio::task::yield_now().await;
+impl Fake {
+    fn apply(&self, changes: Vec<Change>) -> Result<()> {
         let mut world = self.world.survivors.lock();
         if world.store_full {
             return Err(Error::new(
@@ -697,6 +691,32 @@ impl StateStore for Fake {
                 Change::PutFleetLedger(ledger) => store.fleet_ledger = Some(ledger),
                 Change::PutDeleteConsent(until) => store.delete_consent = Some(until),
             }
+        }
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl StateStore for Fake {
+    async fn load(&self) -> Result<StoreContents> {
+        Ok(self.world.survivors.lock().store.clone())
+    }
+
+    async fn commit(&self, changes: Vec<Change>) -> Result<()> {
+        tokio::task::yield_now().await;
+        let dies = {
+            let mut world = self.world.survivors.lock();
+            let next = world.commits + 1;
+            let dies = world.dies_at.filter(|(at, _)| *at == next);
+            world.dead |= dies.is_some();
+            dies.map(|(_, when)| when)
+        };
+        if dies == Some(Dies::Before) {
+            std::future::pending::<()>().await;
+        }
+        self.apply(changes)?;
+        if dies == Some(Dies::After) {
+            std::future::pending::<()>().await;
         }
         Ok(())
     }

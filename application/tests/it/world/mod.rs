@@ -13,6 +13,7 @@ use ghost_application::vm::CreateVmCommand;
 use ghost_application::{
     Application, FailAction, FailSite, OperationView, Options, Ports, UseCases, VmView,
 };
+use ghost_domain::fleet::CorePermissions;
 use ghost_domain::ports::{CachedContent, StoreContents};
 use ghost_domain::vm::{ObservedPower, Vm, VmState};
 use ghost_domain::{
@@ -32,6 +33,13 @@ pub(crate) enum Guest {
     Obedient,
     /// Ignores ACPI.
     Deaf,
+}
+
+/// When the agent dies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Dies {
+    Before,
+    After,
 }
 
 /// A libvirt domain of the fake hypervisor.
@@ -64,6 +72,9 @@ pub(crate) struct Survivors {
     pub(crate) store_full: bool,
     pub(crate) disk_full: bool,
     pub(crate) commits: u64,
+    /// The agent dies at the commit of this number, before or after it took effect.
+    pub(crate) dies_at: Option<(u64, Dies)>,
+    pub(crate) dead: bool,
     pub(crate) statistics: Vec<ghost_domain::ports::DomainStatistics>,
     pub(crate) pulls: u32,
 }
@@ -78,6 +89,8 @@ pub(crate) struct World {
     pub(crate) guests: Guests,
     /// Pulls and imports wait between publishing their file and answering.
     pub(crate) hold_published: Arc<AtomicBool>,
+    /// What the owner lets Core do; read at a start.
+    pub(crate) permissions: Arc<Mutex<CorePermissions>>,
 }
 
 /// The application within the world.
@@ -145,6 +158,8 @@ impl World {
                 store_full: false,
                 disk_full: false,
                 commits: 0,
+                dies_at: None,
+                dead: false,
                 statistics: Vec::new(),
                 pulls: 0,
             })),
@@ -153,6 +168,7 @@ impl World {
             hold_pull: Arc::new(AtomicBool::new(false)),
             guests: Guests::new(),
             hold_published: Arc::new(AtomicBool::new(false)),
+            permissions: Arc::default(),
         }
     }
 
@@ -189,6 +205,7 @@ impl World {
             },
             overcommit: Overcommit::default(),
             guest: self.guests.options(),
+            core_permissions: *self.permissions.lock(),
             failpoints,
         };
         let application = Arc::new(Application::start(self.ports(), options).await.unwrap());
@@ -267,6 +284,11 @@ impl World {
             .values()
             .find(|domain| domain.record.name.as_str() == name)
             .map(|domain| domain.power)
+    }
+
+    /// What the clock shows.
+    pub(crate) fn now(&self) -> ghost_domain::Timestamp {
+        ghost_domain::ports::Clock::now(&*self.clock)
     }
 
     pub(crate) fn vm_id(&self, name: &str) -> VmId {

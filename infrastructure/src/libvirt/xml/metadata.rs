@@ -110,8 +110,11 @@ pub(crate) fn render(vm: &Vm, disk: &Path, libvirt_networks: &[String]) -> Eleme
             .with("key", encode(key))
             .with("value", encode(value))
     });
-    element("vm")
-        .with("id", vm.id.to_string())
+    let mut root = element("vm");
+    if let Some(owner) = &vm.owner {
+        root = root.with("owner", encode(owner));
+    }
+    root.with("id", vm.id.to_string())
         .with("name", vm.name.as_str())
         .with("generation", vm.generation.to_string())
         .with("desired", vm.desired.as_str())
@@ -255,6 +258,10 @@ pub(crate) fn read(vm: &Element) -> Option<Metadata> {
             created_at: Timestamp::from_unix_millis(number(vm, "created_at_milliseconds")?),
             registered_addresses: Vec::new(),
             crash_restarts: Vec::new(),
+            owner: match vm.attribute("owner") {
+                None => None,
+                Some(owner) => Some(decode(owner)?),
+            },
         },
         disk: PathBuf::from(decode(one(vm, "disk")?.attribute("file")?)?),
         libvirt_networks,

@@ -23,6 +23,9 @@ pub(super) struct OperationRow {
     request_id: Option<String>,
     request_hash: u64,
     requested_by: String,
+    /// Since hosts can join a fleet; not written where it is false, as for a VM's owner.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    through_core: bool,
     status: StatusRow,
     error: Option<ErrorRow>,
     created_at: i64,
@@ -146,6 +149,7 @@ impl From<&Operation> for OperationRow {
             request_id,
             request_hash,
             requested_by,
+            through_core,
             status,
             error,
             created_at,
@@ -162,6 +166,7 @@ impl From<&Operation> for OperationRow {
             request_id: request_id.as_ref().map(|id| id.as_str().to_owned()),
             request_hash: *request_hash,
             requested_by: requested_by.clone(),
+            through_core: *through_core,
             status: match status {
                 OperationStatus::Pending => StatusRow::Pending,
                 OperationStatus::Running => StatusRow::Running,
@@ -205,6 +210,7 @@ impl TryFromRow<OperationRow> for Operation {
             request_id: row.request_id.map(RequestId::new).transpose()?,
             request_hash: row.request_hash,
             requested_by: row.requested_by,
+            through_core: row.through_core,
             status: match row.status {
                 StatusRow::Pending => OperationStatus::Pending,
                 StatusRow::Running => OperationStatus::Running,

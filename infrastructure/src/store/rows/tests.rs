@@ -171,6 +171,7 @@ fn vm() -> impl Strategy<Value = Vm> {
         (
             proptest::collection::vec(timestamp(), 0..3),
             proptest::collection::vec((mac(), any::<std::net::IpAddr>()), 0..3),
+            option::of(text()),
         ),
     )
         .prop_map(
@@ -180,7 +181,7 @@ fn vm() -> impl Strategy<Value = Vm> {
                 desired,
                 lifecycle,
                 created_at,
-                (restarts, registered),
+                (restarts, registered, owner),
             )| Vm {
                 id: VmId::from_uuid(id),
                 name,
@@ -197,6 +198,7 @@ fn vm() -> impl Strategy<Value = Vm> {
                 created_at,
                 registered_addresses: registered,
                 crash_restarts: restarts,
+                owner,
             },
         )
 }
@@ -310,28 +312,31 @@ fn operation() -> impl Strategy<Value = Operation> {
         (option::of("[!-~]{1,128}"), any::<u64>(), text()),
         (status, option::of(error())),
         (timestamp(), option::of(timestamp()), timestamp()),
-        any::<bool>(),
+        (any::<bool>(), any::<bool>()),
         proptest::collection::vec((text(), event, timestamp()), 0..4),
     )
         .prop_map(
-            |(what, request, (status, error), times, cancel_requested, journal)| Operation {
-                id: OperationId::from_uuid(what.0),
-                kind: what.1,
-                vm: what.2.map(VmId::from_uuid),
-                subject: what.3,
-                request_id: request.0.map(|id| RequestId::new(id).unwrap()),
-                request_hash: request.1,
-                requested_by: request.2,
-                status,
-                error,
-                created_at: times.0,
-                finished_at: times.1,
-                deadline: times.2,
-                cancel_requested,
-                journal: journal
-                    .into_iter()
-                    .map(|(step, event, at)| JournalEntry { step, event, at })
-                    .collect(),
+            |(what, request, (status, error), times, (cancel_requested, through_core), journal)| {
+                Operation {
+                    id: OperationId::from_uuid(what.0),
+                    kind: what.1,
+                    vm: what.2.map(VmId::from_uuid),
+                    subject: what.3,
+                    request_id: request.0.map(|id| RequestId::new(id).unwrap()),
+                    request_hash: request.1,
+                    requested_by: request.2,
+                    through_core,
+                    status,
+                    error,
+                    created_at: times.0,
+                    finished_at: times.1,
+                    deadline: times.2,
+                    cancel_requested,
+                    journal: journal
+                        .into_iter()
+                        .map(|(step, event, at)| JournalEntry { step, event, at })
+                        .collect(),
+                }
             },
         )
 }

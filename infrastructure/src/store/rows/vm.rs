@@ -33,6 +33,10 @@ pub(super) struct VmRow {
     /// Since addresses outlast the agent; absent where there are none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     registered_addresses: Vec<AddressRow>,
+    /// Since hosts can join a fleet; not written where there is none, so that an agent of before
+    /// still reads what is the host's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    owner: Option<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -167,6 +171,7 @@ impl From<&Vm> for VmRow {
             created_at,
             registered_addresses,
             crash_restarts,
+            owner,
         } = vm;
         Self {
             id: id.uuid(),
@@ -196,6 +201,7 @@ impl From<&Vm> for VmRow {
                     address: address.to_string(),
                 })
                 .collect(),
+            owner: owner.clone(),
         }
     }
 }
@@ -241,6 +247,7 @@ impl TryFromRow<VmRow> for Vm {
                 .into_iter()
                 .map(Timestamp::from_unix_millis)
                 .collect(),
+            owner: row.owner,
         })
     }
 }

@@ -102,6 +102,7 @@ pub(crate) fn definition(subject: &dyn Subject, prefix: &str) -> DomainDefinitio
             created_at: Timestamp::from_unix_millis(1_700_000_000_000),
             registered_addresses: Vec::new(),
             crash_restarts: Vec::new(),
+            owner: None,
         },
         disk: file("disk.qcow2"),
         seed: file("seed.img"),
@@ -175,6 +176,7 @@ pub(crate) fn rebuilt(vm: &Vm) -> Vm {
         lifecycle: Lifecycle::Ready,
         registered_addresses: Vec::new(),
         crash_restarts: Vec::new(),
+        owner: None,
         ..vm.clone()
     }
 }

@@ -78,6 +78,7 @@ pub(super) fn vm(number: u64, generation: u64) -> Vm {
             Timestamp::from_unix_millis(1),
             Timestamp::from_unix_millis(2),
         ],
+        owner: None,
     }
 }
 
@@ -106,6 +107,7 @@ pub(super) fn operation(number: u64) -> Operation {
         request_id: Some(RequestId::new("retry-1").unwrap()),
         request_hash: u64::MAX,
         requested_by: "uid 0".into(),
+        through_core: false,
         status: OperationStatus::NeedsAttention,
         error: Some(
             Error::new(ErrorCode::DiskFull, "no room")

@@ -51,6 +51,7 @@ fn definition() -> DomainDefinition {
             created_at: Timestamp::from_unix_millis(1_700_000_000_123),
             registered_addresses: Vec::new(),
             crash_restarts: vec![Timestamp::default()],
+            owner: None,
         },
         disk: "/var/lib/ghost/vms/x/disk.qcow2".into(),
         seed: "/var/lib/ghost/vms/x/seed.img".into(),
@@ -86,6 +87,7 @@ fn rebuilt(vm: &Vm) -> Vm {
         lifecycle: Lifecycle::Ready,
         registered_addresses: Vec::new(),
         crash_restarts: Vec::new(),
+        owner: None,
         ..vm.clone()
     }
 }
