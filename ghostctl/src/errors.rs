@@ -188,6 +188,8 @@ struct Parts {
     transport: bool,
     /// The host of a fleet that was asked.
     host: Option<String>,
+    /// Core itself answered, about the fleet.
+    fleet: bool,
 }
 
 impl Failure {
@@ -205,6 +207,7 @@ impl Failure {
             },
             transport: false,
             host: None,
+            fleet: false,
         }))
     }
 
@@ -251,9 +254,19 @@ impl Failure {
         .of_operation(operation_id)
     }
 
+    /// Of a call that Core answered itself: no host plays a part in what to do next.
+    #[must_use]
+    pub(crate) fn of_fleet(mut self) -> Self {
+        self.0.fleet = true;
+        self
+    }
+
     /// Of a call that went to this host of a fleet: what to do next is to be done there.
     #[must_use]
     pub(crate) fn at_host(mut self, host: String) -> Self {
+        if self.0.fleet {
+            return self;
+        }
         if let Some(hint) = &mut self.0.detail.hint
             && !hint.contains("--host")
         {

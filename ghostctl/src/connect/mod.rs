@@ -256,7 +256,7 @@ impl Agent {
             )
             .hint("name Ghost Core: --context NAME, or --endpoint https://CORE:7443");
         }
-        self.failure(status)
+        self.failure(status).of_fleet()
     }
 
     /// Whether a failure says that Core was asked for what only a host has.

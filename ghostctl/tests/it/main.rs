@@ -13,6 +13,7 @@ mod contexts;
 mod cp;
 mod errors;
 mod fake;
+mod fleet;
 mod guest;
 mod output;
 mod run;

@@ -25,6 +25,17 @@ impl Person {
         }
     }
 
+    /// With a Ghost Core instead of a host's agent.
+    pub(crate) fn of_core() -> Self {
+        let person = Self::new();
+        person
+            .agent
+            .state
+            .is_core
+            .store(true, std::sync::atomic::Ordering::Relaxed);
+        person
+    }
+
     /// The binary with an environment that holds nothing of the machine's, asking the fake agent.
     pub(crate) fn ghostctl<S: AsRef<str>>(&self, args: &[S]) -> Command {
         let mut command = bare(self.home.path(), args);

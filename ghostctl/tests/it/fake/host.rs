@@ -21,6 +21,7 @@ fn resources(cpus: u32, memory_gib: u64, disk_gib: u64) -> Option<Resources> {
 #[tonic::async_trait]
 impl HostService for Fake {
     async fn get_status(&self, request: Request<GetStatusRequest>) -> Answer<HostStatus> {
+        self.needs_host(&request)?;
         self.note(request);
         Ok(Response::new(HostStatus {
             name: "pc-1".to_owned(),

@@ -8,6 +8,7 @@
 //! - for waits: `booting`, `stuck`, `broken`, `vanishing`.
 
 mod access;
+mod fleet;
 pub(crate) mod guest;
 mod host;
 mod images;
@@ -27,6 +28,7 @@ use ghost_proto::agent::v1::{
     image_service_server::ImageServiceServer, network_service_server::NetworkServiceServer,
     operation_service_server::OperationServiceServer, vm_service_server::VmServiceServer,
 };
+use ghost_proto::core::v1::fleet_service_server::FleetServiceServer;
 use prost_types::Timestamp;
 use tempfile::TempDir;
 use tokio::net::{TcpListener, UnixListener};
@@ -57,6 +59,8 @@ pub(crate) struct State {
     pub(crate) imported: Mutex<Vec<u8>>,
     /// The inside of all VMs.
     pub(crate) guest: guest::Memory,
+    /// Whether it stands for Ghost Core rather than for one host.
+    pub(crate) is_core: std::sync::atomic::AtomicBool,
 }
 
 #[derive(Clone)]
@@ -97,6 +101,7 @@ impl FakeAgent {
             lifetime: Mutex::new((-60, 86_400)),
             imported: Mutex::default(),
             guest: guest::Memory::new(),
+            is_core: std::sync::atomic::AtomicBool::new(false),
         });
         let mut agent = Self {
             state,
@@ -201,6 +206,7 @@ fn router(state: &Arc<State>, tls: Option<ServerTlsConfig>) -> Router {
         .add_service(NetworkServiceServer::new(fake.clone()))
         .add_service(EventServiceServer::new(fake.clone()))
         .add_service(GuestServiceServer::new(fake.clone()))
+        .add_service(FleetServiceServer::new(fake.clone()))
         .add_service(AccessServiceServer::new(fake))
 }
 

@@ -121,6 +121,7 @@ fn with_agent(name: &str) -> Vm {
 #[tonic::async_trait]
 impl VmService for Fake {
     async fn create(&self, request: Request<CreateVmRequest>) -> Answer<Operation> {
+        let placed = self.needs_host(&request).is_err();
         let request = self.note(request);
         refuse(&request.name)?;
         let name = if request.name.is_empty() {
@@ -128,7 +129,13 @@ impl VmService for Fake {
         } else {
             request.name
         };
-        Ok(self.begin("create_vm", &name, &request.request_id))
+        let mut answer = self.begin("create_vm", &name, &request.request_id);
+        if placed {
+            let metadata = answer.metadata_mut();
+            metadata.insert("ghost-host", "pc".parse().unwrap());
+            metadata.insert("ghost-placement", "most room: 4 of 6 CPUs".parse().unwrap());
+        }
+        Ok(answer)
     }
 
     async fn get(&self, request: Request<GetVmRequest>) -> Answer<Vm> {
@@ -146,6 +153,7 @@ impl VmService for Fake {
     }
 
     async fn list(&self, request: Request<ListVmsRequest>) -> Answer<ListVmsResponse> {
+        self.needs_host(&request)?;
         let request = self.note(request);
         let vms = self.0.vms.lock().unwrap().clone();
         let vms = vms
@@ -202,6 +210,7 @@ impl VmService for Fake {
     }
 
     async fn start(&self, request: Request<StartVmRequest>) -> Answer<Operation> {
+        self.needs_host(&request)?;
         let request = self.note(request);
         refuse(&request.vm)?;
         Ok(self.begin("start_vm", &request.vm, &request.request_id))
