@@ -164,8 +164,8 @@ pub(crate) enum Command {
     #[command(subcommand, visible_alias = "hosts")]
     Host(HostCommand),
     /// Commands left with Core for hosts that are away
-    #[command(subcommand, visible_alias = "commands")]
-    Command(QueueCommand),
+    #[command(subcommand, name = "command", visible_alias = "commands")]
+    Queue(QueueCommand),
     /// Tenants of the fleet and their quotas
     #[command(subcommand)]
     Tenant(TenantCommand),

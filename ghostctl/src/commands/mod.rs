@@ -81,7 +81,7 @@ pub(crate) async fn run(command: Command, session: &Session) -> Result<Exit, Fai
         Command::Events(args) => events::run(args, session).await,
         Command::Status => status::run(session).await,
         Command::Host(command) => hosts::run(command, session).await,
-        Command::Command(command) => queue::run(command, session).await,
+        Command::Queue(command) => queue::run(command, session).await,
         Command::Tenant(command) => tenants::tenant(command, session).await,
         Command::User(command) => tenants::user(command, session).await,
         Command::Context(command) => context::run(command, session).await,
