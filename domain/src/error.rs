@@ -111,6 +111,8 @@ codes! {
     GuestFileNotFound = "guest_file_not_found",
     /// The path leads out of what the guest's owner opened.
     GuestPathDenied = "guest_path_denied",
+    /// The guest's file systems are frozen.
+    GuestFrozen = "guest_frozen",
     /// Guest access of this VM is off.
     GuestAccessOff = "guest_access_off",
     /// The owner closed all ways into guests.

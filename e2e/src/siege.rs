@@ -47,6 +47,8 @@ kill -CONT $supervisor
 const LOOK: Duration = Duration::from_millis(50);
 /// How long a guest may take to answer at all.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How long the link may take to be back after an attack.
+const RECOVERY: Duration = Duration::from_secs(120);
 
 /// How long what goes on.
 #[derive(Clone, Copy, Debug)]
@@ -347,7 +349,8 @@ fn besiege(
     let quiet = (quiet, Instant::now());
     let memory_before = watch.memory.swap(0, Ordering::Relaxed);
     let mut console = Tail::at_the_end(console)?;
-    agent.ctl().ok(&[
+    let steps = plan.text();
+    let begin = [
         "exec",
         enemy,
         "--",
@@ -355,8 +358,15 @@ fn besiege(
         "-c",
         "setsid sh /tmp/siege.sh \"$1\" </dev/null >/dev/console 2>&1 &",
         "siege",
-        &plan.text(),
-    ]);
+        &steps,
+    ];
+    // On a machine that does many other things a guest may fall silent for a while by itself.
+    wait::until_ok("the guest takes the order", PATIENCE * 2, || {
+        match agent.ctl().run(&begin) {
+            output if output.code == 0 => Ok(()),
+            output => Err(output.stderr),
+        }
+    });
     let mut phases: Vec<Phase> = Vec::new();
     let mut memory_most = memory_before;
     let mut held_off_before = held_off(agent);
@@ -402,8 +412,9 @@ fn besiege(
             console.text
         ));
     }
-    // What greeted last may have been an attacker that is dead by now.
-    wait::until_ok("the guest's own agent is back", PATIENCE * 2, || {
+    // What greeted last may have been an attacker that is dead by now; and a port that an attack has
+    // left without a voice is opened anew after a while.
+    wait::until_ok("the guest's own agent is back", RECOVERY, || {
         let output = agent.ctl().run(&["exec", enemy, "--", "true"]);
         match output.code {
             0 => Ok(()),

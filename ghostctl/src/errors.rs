@@ -133,6 +133,7 @@ codes! {
     "tenant_in_use" => TenantInUse, Conflict;
     "not_enrolled" => NotEnrolled, Conflict;
     "already_enrolled" => AlreadyEnrolled, Conflict;
+    "guest_frozen" => GuestFrozen, Conflict;
 
     "agent_unreachable" => AgentUnreachable, Unreachable;
     "recovering" => Recovering, Unreachable;

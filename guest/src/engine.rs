@@ -148,7 +148,10 @@ impl<'a> Engine<'a> {
             serials: HashMap::new(),
             next_serial: 0,
             dying: Vec::new(),
-            freezer: Freezer::new(options),
+            freezer: options
+                .freezer
+                .clone()
+                .unwrap_or_else(|| Freezer::new(options)),
             power: None,
             greeted: false,
             readable: true,
@@ -517,7 +520,10 @@ impl<'a> Engine<'a> {
         self.permit(capability)?;
         if self.freezer.is_frozen() {
             // It would hang until the thaw, with whatever it holds.
-            return Err(Failure::new("busy", "file systems are frozen"));
+            return Err(Failure::new(
+                "frozen",
+                "nothing new may write before they are thawed",
+            ));
         }
         Ok(())
     }

@@ -12,6 +12,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -44,6 +45,8 @@ pub struct Freezer {
     mounts: PathBuf,
     state: Mutex<State>,
     wake: Condvar,
+    /// The deadline thawed what was still being frozen.
+    expired: AtomicBool,
 }
 
 enum State {
@@ -52,12 +55,73 @@ enum State {
     Working,
     Frozen {
         mounts: Vec<Frozen>,
+        /// Counted from before the first one, so that none waits for longer than was allowed, however
+        /// long the next takes.
         until: Instant,
+        /// None is still to be frozen.
+        whole: bool,
     },
 }
 
+/// A frozen file system; thawed also where this process is told to end.
 struct Frozen {
     fd: OwnedFd,
+}
+
+impl Frozen {
+    fn new(fd: OwnedFd) -> Self {
+        for held in &HELD {
+            let taken =
+                held.compare_exchange(-1, fd.as_raw_fd(), Ordering::SeqCst, Ordering::SeqCst);
+            if taken.is_ok() {
+                break;
+            }
+        }
+        Self { fd }
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        let _ = freeze_call(&self.fd, FITHAW);
+        for held in &HELD {
+            let _ =
+                held.compare_exchange(self.fd.as_raw_fd(), -1, Ordering::SeqCst, Ordering::SeqCst);
+        }
+    }
+}
+
+/// The descriptors of what is frozen, for the handler of signals; -1: none. Beyond so many it is the
+/// next start that thaws.
+static HELD: [AtomicI32; 64] = [const { AtomicI32::new(-1) }; 64];
+
+/// Has SIGTERM, SIGINT and SIGHUP thaw before they end this process. A service that is stopped in a
+/// freeze, as by the shutdown of its guest, would otherwise leave everybody waiting who writes, and
+/// the shutdown with them, and nobody to thaw.
+pub fn thaw_when_told_to_end() {
+    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+        // SAFETY: the record is zeroed and then filled in; the handler makes two system calls that
+        // signal-safety(7) allows and touches atomics alone. With SA_RESETHAND the signal is back at
+        // its default when the handler runs.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = told_to_end as *const () as libc::sighandler_t;
+            action.sa_flags = libc::SA_RESETHAND;
+            libc::sigaction(signal, &raw const action, std::ptr::null_mut());
+        }
+    }
+}
+
+extern "C" fn told_to_end(signal: libc::c_int) {
+    for held in &HELD {
+        let fd = held.load(Ordering::SeqCst);
+        if fd >= 0 {
+            // SAFETY: an open descriptor, or one that was closed just now: then nothing happens.
+            unsafe { libc::ioctl(fd, FITHAW, 0) };
+        }
+    }
+    // SAFETY: a number; it is delivered, with its default, when this handler returns.
+    unsafe { libc::raise(signal) };
 }
 
 impl Freezer {
@@ -69,6 +133,7 @@ impl Freezer {
             mounts: PathBuf::from("/proc/self/mountinfo"),
             state: Mutex::new(State::Thawed),
             wake: Condvar::new(),
+            expired: AtomicBool::new(false),
         })
     }
 
@@ -109,13 +174,36 @@ impl Freezer {
                 return Err(Failure::new("busy", "file systems are frozen already"));
             }
             *state = State::Working;
+            self.expired.store(false, Ordering::SeqCst);
         }
         let outcome = self.freeze_now(request, timeout);
         if outcome.is_err() {
-            *lock(&self.state) = State::Thawed;
-            self.run_hooks("post-thaw.d");
+            let mut state = lock(&self.state);
+            // Where the deadline came first, the thread that watches it does the rest.
+            let ours = matches!(*state, State::Working | State::Frozen { whole: false, .. })
+                && !self.expired.swap(false, Ordering::SeqCst);
+            if ours {
+                let left = std::mem::replace(&mut *state, State::Working);
+                drop(state);
+                self.end(left);
+            }
         }
         outcome
+    }
+
+    /// Thaws, and runs the hooks.
+    fn end(&self, state: State) -> (u32, Vec<String>) {
+        let mut count = 0;
+        if let State::Frozen { mut mounts, .. } = state {
+            count = u32::try_from(mounts.len()).unwrap_or(u32::MAX);
+            thaw_all(&mut mounts);
+        }
+        set_silent(false);
+        let _ = fs::remove_file(&self.note);
+        let warnings = self.run_hooks("post-thaw.d");
+        *lock(&self.state) = State::Thawed;
+        self.wake.notify_all();
+        (count, warnings)
     }
 
     fn freeze_now(
@@ -149,29 +237,48 @@ impl Freezer {
             return Err(Failure::io("a thread for the thaw", &error));
         }
         set_silent(true);
-        let mut frozen = Vec::new();
+        *lock(&self.state) = State::Frozen {
+            mounts: Vec::new(),
+            until: Instant::now() + timeout,
+            whole: false,
+        };
+        self.wake.notify_all();
         for (path, fd) in open_mounts {
+            // It waits for all that is being written, for as long as the device takes.
             match freeze_call(&fd, FIFREEZE) {
-                Ok(()) => frozen.push(Frozen { fd }),
+                Ok(()) => {
+                    let frozen = Frozen::new(fd);
+                    match &mut *lock(&self.state) {
+                        State::Frozen { mounts, .. } => mounts.push(frozen),
+                        // Those before it are thawed already, and dropping it thaws this one.
+                        _ => {
+                            return Err(Failure::new(
+                                "timed_out",
+                                format!(
+                                    "{} was not frozen before the deadline; all is thawed again",
+                                    path.display()
+                                ),
+                            ));
+                        }
+                    }
+                }
                 // Not every file system can be, and one that somebody else froze is theirs.
                 Err(libc::EOPNOTSUPP | libc::ENOTTY | libc::EBUSY | libc::EINVAL)
                     if request.mount_points.is_empty() => {}
                 Err(errno) => {
-                    thaw_all(&mut frozen);
-                    set_silent(false);
-                    let _ = fs::remove_file(&self.note);
                     let error = std::io::Error::from_raw_os_error(errno);
                     return Err(Failure::io(format!("freeze {}", path.display()), &error));
                 }
             }
         }
-        let count = u32::try_from(frozen.len()).unwrap_or(u32::MAX);
-        *lock(&self.state) = State::Frozen {
-            mounts: frozen,
-            until: Instant::now() + timeout,
-        };
-        self.wake.notify_all();
-        Ok(response(count, warnings))
+        match &mut *lock(&self.state) {
+            State::Frozen { mounts, whole, .. } => {
+                *whole = true;
+                let count = u32::try_from(mounts.len()).unwrap_or(u32::MAX);
+                Ok(response(count, warnings))
+            }
+            _ => Err(Failure::new("timed_out", "not frozen before the deadline")),
+        }
     }
 
     /// Waits for the deadline of what is frozen, and thaws.
@@ -190,10 +297,11 @@ impl Freezer {
                 State::Frozen { until, .. } => {
                     let left = until.saturating_duration_since(Instant::now());
                     if left.is_zero() {
+                        self.expired.store(true, Ordering::SeqCst);
+                        let left = std::mem::replace(&mut *state, State::Working);
                         drop(state);
-                        if self.thaw().is_ok() {
-                            say!("thawed: the deadline passed without a request");
-                        }
+                        self.end(left);
+                        say!("thawed: the deadline passed without a request");
                         return;
                     }
                     state = self
@@ -212,28 +320,21 @@ impl Freezer {
     /// `invalid_argument` where nothing is frozen, as after the deadline: the copy that was taken
     /// meanwhile may not be consistent.
     pub(crate) fn thaw(&self) -> Result<Payload, Failure> {
-        let mut mounts = {
+        let frozen = {
             let mut state = lock(&self.state);
-            match std::mem::replace(&mut *state, State::Working) {
-                State::Frozen { mounts, .. } => mounts,
-                State::Working => {
+            match &*state {
+                State::Frozen { whole: true, .. } => std::mem::replace(&mut *state, State::Working),
+                State::Frozen { .. } | State::Working => {
                     return Err(Failure::new("busy", "being frozen or thawed right now"));
                 }
                 State::Thawed => {
-                    *state = State::Thawed;
                     return Err(Failure::invalid(
                         "nothing is frozen: not asked for, or thawed at the deadline",
                     ));
                 }
             }
         };
-        let count = u32::try_from(mounts.len()).unwrap_or(u32::MAX);
-        thaw_all(&mut mounts);
-        set_silent(false);
-        let _ = fs::remove_file(&self.note);
-        let warnings = self.run_hooks("post-thaw.d");
-        *lock(&self.state) = State::Thawed;
-        self.wake.notify_all();
+        let (count, warnings) = self.end(frozen);
         Ok(response(count, warnings))
     }
 
@@ -344,12 +445,9 @@ fn freeze_call(fd: &OwnedFd, call: libc::c_ulong) -> Result<(), i32> {
         .unwrap_or(libc::EIO))
 }
 
-/// In the opposite order. Each is thawed until the kernel says that it is not frozen: nested freezes
-/// count.
+/// In the opposite order.
 fn thaw_all(mounts: &mut Vec<Frozen>) {
-    while let Some(mount) = mounts.pop() {
-        let _ = freeze_call(&mount.fd, FITHAW);
-    }
+    while mounts.pop().is_some() {}
 }
 
 /// The mount points to freeze, the innermost first, each file system once.

@@ -236,7 +236,10 @@ fn run(words: &[&str], arguments: &[OsString]) -> Result<(), Stop> {
         log::line(&format!("orphans go to process 1: {error}"));
     }
     yield_to_programs();
-    freeze::Freezer::new(&options).thaw_leftovers();
+    let freezer = freeze::Freezer::new(&options);
+    freezer.thaw_leftovers();
+    freeze::thaw_when_told_to_end();
+    options.freezer = Some(freezer);
     if let Some(listen) = config.http
         && let Err(error) = http::start(listen, &options.sysroot)
     {

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use crate::freeze::Freezer;
 use crate::power::{HostSystem, System};
 
 /// What a guest can be asked for; a host learns of it in `AgentReady.capabilities`.
@@ -88,6 +89,9 @@ pub struct Options {
     pub program_sha256: Vec<u8>,
     /// The program that an update replaces; `None`: updates are not offered.
     pub program: Option<PathBuf>,
+    /// What freezes, where it is to outlive a channel: a file system that was frozen over one is
+    /// frozen still when the next is opened.
+    pub freezer: Option<Arc<Freezer>>,
     /// Told when a host has greeted for the first time.
     pub on_greeted: Option<Arc<dyn Fn() + Send + Sync>>,
 }
@@ -103,6 +107,7 @@ impl Default for Options {
             adopt_orphans: false,
             program_sha256: Vec::new(),
             program: None,
+            freezer: None,
             on_greeted: None,
         }
     }

@@ -270,7 +270,7 @@ fn file_systems_are_frozen_and_thawed_whatever_happens() {
     );
     assert!(is_frozen(&path));
     // What would hang is refused; a second freeze too.
-    assert_eq!(code(host.ask(Payload::Execute(sh("true")))), "busy");
+    assert_eq!(code(host.ask(Payload::Execute(sh("true")))), "frozen");
     assert_eq!(code(host.ask(freeze(None, mount))), "busy");
     let response = frozen(host.ask(Payload::Thaw(ThawRequest {})));
     assert_eq!((response.count, response.warnings.len()), (1, 0));

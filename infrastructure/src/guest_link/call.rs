@@ -502,6 +502,12 @@ pub(super) fn failure(error: &ghost_proto::guest::v1::Error) -> Error {
         )
         .because(words)
         .hint("the guest's owner sets the folders in /etc/ghost/guest.yaml"),
+        "frozen" => Error::new(
+            ErrorCode::GuestFrozen,
+            "the guest's file systems are frozen",
+        )
+        .because(words)
+        .hint("they are thawed at their deadline, or now: ghostctl guest thaw NAME"),
         "unsupported" => Error::new(
             ErrorCode::GuestUnsupported,
             "the agent in the guest cannot do this",

@@ -52,6 +52,10 @@ const VIOLATIONS: (f64, f64) = (2.0, 1.0 / 60.0);
 const BATCH: usize = 32;
 /// Room for the first read; it doubles while reads fill it, up to the second.
 const CHUNK: (usize, usize) = (4 * 1024, 256 * 1024);
+/// Greetings on a connection over which nothing ever came, at growing distances (50 s in all): it is
+/// made anew. A port that was disconnected in the midst of a flood can be left without a voice, and
+/// QEMU resets it with the next disconnection only.
+const UNHEARD: u32 = 4;
 /// An empty buffer larger than the smallest read is given back after this.
 const IDLE: Duration = Duration::from_secs(1);
 
@@ -59,6 +63,8 @@ const IDLE: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(super) enum Ended {
     Lost(String),
+    /// Not a byte came, for a long time.
+    Mute,
     Misbehaved(String),
 }
 
@@ -81,6 +87,8 @@ pub(super) struct Connection {
     /// Since when a frame waits for its rest.
     partial: Option<Instant>,
     read_at: Instant,
+    /// Anything came.
+    has_read: bool,
     /// Nothing is read before this.
     paused: Option<Instant>,
     /// The decoder may hold whole frames.
@@ -117,6 +125,7 @@ impl Connection {
             ping_id: random_id(),
             partial: None,
             read_at: now,
+            has_read: false,
             paused: None,
             unfinished: false,
             frames: bucket(FRAMES),
@@ -207,6 +216,7 @@ impl Connection {
                     self.chunk = (chunk * 2).min(CHUNK.1);
                 }
                 self.read_at = Instant::now();
+                self.has_read = true;
                 self.unfinished = true;
                 Ok(())
             }
@@ -508,6 +518,9 @@ impl Connection {
             Some(_) => self.listen(now, &limits),
             None => {
                 let again = self.greeted_at + limits.greet_again * self.greetings.clamp(1, 6);
+                if now >= again && self.greetings >= UNHEARD && !self.has_read {
+                    return Err(Ended::Mute);
+                }
                 if now >= again && !self.wire.is_blocked() {
                     self.send_greeting(now);
                     now + limits.greet_again

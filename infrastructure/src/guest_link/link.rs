@@ -149,6 +149,8 @@ impl Link {
                             pause = (pause * 2).min(limits.reconnect.1);
                             wait
                         }
+                        // To whoever looks the channel is still there: nothing else was known of it.
+                        Ended::Mute => limits.reconnect.0,
                         Ended::Misbehaved(detail) => {
                             self.disconnected("it broke the rules of the protocol");
                             if held_off_at.is_some_and(|at| at.elapsed() > FORGIVEN_AFTER) {

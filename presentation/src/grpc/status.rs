@@ -62,6 +62,7 @@ pub const fn grpc_code(code: ErrorCode) -> Code {
         | ErrorCode::DeleteProtected
         | ErrorCode::OperationFinished
         | ErrorCode::GuestUnsupported
+        | ErrorCode::GuestFrozen
         | ErrorCode::GuestFailed
         | ErrorCode::ChecksumMismatch
         | ErrorCode::HostLocked

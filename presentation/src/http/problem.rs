@@ -86,6 +86,7 @@ pub const fn http_status(code: ErrorCode) -> StatusCode {
         | ErrorCode::DeleteProtected
         | ErrorCode::OperationFinished
         | ErrorCode::GuestUnsupported
+        | ErrorCode::GuestFrozen
         | ErrorCode::Cancelled => StatusCode::CONFLICT,
 
         ErrorCode::GenerationMismatch => StatusCode::PRECONDITION_FAILED,

@@ -176,8 +176,8 @@ pub struct Pong {
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Error {
     /// Stable, snake case: `not_found`, `permission_denied`, `invalid_argument`, `outside_roots`,
-    /// `exists`, `not_a_file`, `no_space`, `unsupported`, `busy`, `checksum_mismatch`, `timed_out`,
-    /// `cancelled`, `io`, `internal`.
+    /// `exists`, `not_a_file`, `no_space`, `unsupported`, `busy`, `frozen`, `checksum_mismatch`,
+    /// `timed_out`, `cancelled`, `io`, `internal`.
     #[prost(string, tag = "1")]
     pub code: ::prost::alloc::string::String,
     #[prost(string, tag = "2")]

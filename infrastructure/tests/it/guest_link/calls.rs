@@ -134,6 +134,7 @@ async fn the_guests_refusals_have_their_codes_and_its_words_are_harmless() {
         ("not_found", ErrorCode::GuestFileNotFound),
         ("outside_roots", ErrorCode::GuestPathDenied),
         ("unsupported", ErrorCode::GuestUnsupported),
+        ("frozen", ErrorCode::GuestFrozen),
         ("checksum_mismatch", ErrorCode::ChecksumMismatch),
         ("permission_denied", ErrorCode::GuestFailed),
         ("io", ErrorCode::GuestFailed),

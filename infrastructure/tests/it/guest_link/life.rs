@@ -155,6 +155,21 @@ async fn a_guest_that_falls_silent_is_lost_and_found_again() {
 }
 
 #[tokio::test]
+async fn a_connection_over_which_nothing_ever_comes_is_made_anew() {
+    let links = links_with(|limits| limits.greet_again = Duration::from_millis(5));
+    let vm = VmId::random();
+    let channel = Channel::new();
+    links.attach(vm, channel.path());
+    let mut events = links.subscribe();
+    let mute = channel.accept().await;
+    let mut guest = within(channel.accept()).await;
+    assert!(links.status(vm).channel);
+    guest.greet().await;
+    wait_connected(&mut *events, vm).await;
+    drop(mute);
+}
+
+#[tokio::test]
 async fn a_guest_that_answers_pings_is_never_lost() {
     let links = links_with(|limits| {
         limits.ping_after = Duration::from_millis(5);
