@@ -138,12 +138,7 @@ pub(super) async fn update(
     file: File,
 ) -> Result<()> {
     let mut sessions = link.session.subscribe();
-    match files::update(session, program, file, &link.shared.host_version).await {
-        Ok(()) => {}
-        // The new program may start before the old one's last words have come.
-        Err(error) if error.code() == ErrorCode::GuestUnreachable => {}
-        Err(error) => return Err(error),
-    }
+    files::update(session, program, file, &link.shared.host_version).await?;
     let old = &session.instance;
     let came = tokio::time::timeout(
         link.shared.limits.update,

@@ -314,7 +314,7 @@ fn the_other_views_have_stable_keys() {
         ),
         (
             json_of(Certificate::from(message::Certificate::default())),
-            "id name role created_at expires_at revoked_at",
+            "id name role created_at expires_at revoked_at guest_access",
         ),
         (
             json_of(CreatedKey::from(message::CreatedKey::default())),
@@ -322,11 +322,11 @@ fn the_other_views_have_stable_keys() {
         ),
         (
             json_of(JoinToken::from(message::JoinToken::default())),
-            "token expires_at role",
+            "token expires_at role guest_access",
         ),
         (
             json_of(Identity::from(message::Identity::default())),
-            "name role source id server tenant",
+            "name role source id server tenant guest_access",
         ),
         (
             json_of(ErrorDetail {

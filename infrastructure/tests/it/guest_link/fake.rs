@@ -47,6 +47,8 @@ impl Channel {
             session: Vec::new(),
             instance: b"instance".to_vec(),
             boot_id: "boot-1".to_owned(),
+            version: "0.1.0".to_owned(),
+            program_sha256: vec![7; 32],
         }
     }
 
@@ -65,6 +67,8 @@ pub(super) struct Guest {
     pub(super) session: Vec<u8>,
     pub(super) instance: Vec<u8>,
     pub(super) boot_id: String,
+    pub(super) version: String,
+    pub(super) program_sha256: Vec<u8>,
 }
 
 impl Guest {
@@ -73,7 +77,7 @@ impl Guest {
             protocol_version: 1,
             oldest_version: 1,
             newest_version: 1,
-            agent_version: "0.1.0".into(),
+            agent_version: self.version.clone(),
             capabilities: [
                 "exec",
                 "pty",
@@ -94,7 +98,7 @@ impl Guest {
             kernel: "6.1".into(),
             hostname: "web".into(),
             architecture: "x86_64".into(),
-            program_sha256: vec![7; 32],
+            program_sha256: self.program_sha256.clone(),
         }
     }
 

@@ -7,6 +7,7 @@ mod hostility;
 mod life;
 mod measure;
 mod real;
+mod update;
 
 #[path = "../../../../e2e/hostile/src/lib.rs"]
 #[expect(

@@ -17,7 +17,7 @@ use super::Fixture;
 
 /// Bytes as a program has them: the head of a static one (elf(5)), the rest not all alike, and not a
 /// whole number of clusters.
-fn program(folder: &Path, size: usize) -> (PathBuf, Vec<u8>) {
+pub(crate) fn program(folder: &Path, size: usize) -> (PathBuf, Vec<u8>) {
     let mut bytes: Vec<u8> = (0..size).map(|at| (at * at % 251) as u8).collect();
     bytes[..120].fill(0);
     bytes[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");

@@ -2,7 +2,7 @@
 
 mod console;
 mod disk;
-mod inject;
+pub(crate) mod inject;
 mod log;
 mod seed;
 
