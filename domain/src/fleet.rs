@@ -313,6 +313,47 @@ pub struct FleetCommand {
     pub action: CommandAction,
 }
 
+/// A command that cannot be taken whatever the state of this host: it is malformed, or of a kind
+/// that this version does not know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RefusedCommand {
+    /// Its id.
+    pub id: CommandId,
+    /// See [`FleetCommand::epoch`].
+    pub epoch: u64,
+    /// See [`FleetCommand::generation`].
+    pub generation: u64,
+    /// See [`FleetCommand::previous`].
+    pub previous: u64,
+    /// Why.
+    pub error: Error,
+    /// When it came.
+    pub at: Timestamp,
+}
+
+impl RefusedCommand {
+    /// The outcome to tell Core.
+    pub fn outcome(&self) -> CommandOutcome {
+        let mut message = self.error.message().to_owned();
+        if let Some(cause) = self.error.cause() {
+            message.push_str(": ");
+            message.push_str(cause);
+        }
+        CommandOutcome {
+            id: self.id,
+            generation: self.generation,
+            status: CommandStatus::Refused,
+            operation: None,
+            code: Some(self.error.code()),
+            message: message
+                .chars()
+                .take(FleetLedger::MOST_MESSAGE_CHARACTERS)
+                .collect(),
+            at: self.at,
+        }
+    }
+}
+
 /// Somebody whom Core vouches for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FleetPrincipal {

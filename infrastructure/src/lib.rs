@@ -3,6 +3,7 @@
 pub mod audit;
 pub mod clock;
 pub mod config;
+pub mod core_link;
 pub mod guest_link;
 pub mod host;
 pub mod identity;

@@ -5,6 +5,7 @@ use async_trait::async_trait;
 use crate::Result;
 use crate::fleet::{
     CommandOutcome, CorePermissions, FleetCommand, FleetIdentity, HeartbeatReport, LinkState,
+    RefusedCommand,
 };
 
 /// What the link asks of the application.
@@ -34,6 +35,15 @@ pub trait CoreLinkHandler: Send + Sync {
     /// Takes a command, or says what became of it. Durable before it returns; the operation that it
     /// begins goes on by itself. `None`: it came too early and will be sent again.
     async fn command(&self, command: FleetCommand) -> Option<CommandOutcome>;
+
+    /// Refuses a command for good. It takes its place in the order, durably, so that those after it
+    /// are not held up, where [`crate::fleet::FleetLedger::judge`] would have it taken. `None`: it
+    /// came too early and will be sent again.
+    ///
+    /// Without an own implementation the refusal is told and forgotten.
+    async fn refuse(&self, refused: RefusedCommand) -> Option<CommandOutcome> {
+        Some(refused.outcome())
+    }
 
     /// Outcomes that Core has not said it keeps, oldest first.
     fn outcomes(&self) -> Vec<CommandOutcome>;

@@ -12,7 +12,7 @@ const MOST_BYTES: u64 = 64 * 1024;
 
 /// Makes the folder with mode 0700 (its parents as they come), and takes away what others may do
 /// with it where it is there already.
-pub(super) fn private_folder(folder: &Path) -> io::Result<()> {
+pub(crate) fn private_folder(folder: &Path) -> io::Result<()> {
     if let Some(parent) = folder.parent() {
         fs::create_dir_all(parent)?;
     }
@@ -39,7 +39,7 @@ pub(super) fn private_folder(folder: &Path) -> io::Result<()> {
 }
 
 /// Reads a small file, never through a symbolic link; `None` where there is none.
-pub(super) fn read(path: &Path) -> io::Result<Option<String>> {
+pub(crate) fn read(path: &Path) -> io::Result<Option<String>> {
     let file = OpenOptions::new()
         .read(true)
         .custom_flags(OFlags::NOFOLLOW.bits().cast_signed())
@@ -55,7 +55,7 @@ pub(super) fn read(path: &Path) -> io::Result<Option<String>> {
 }
 
 /// Takes a key away from everybody but its owner; says whether it was open to others.
-pub(super) fn tighten(path: &Path) -> io::Result<bool> {
+pub(crate) fn tighten(path: &Path) -> io::Result<bool> {
     let open = fs::metadata(path)?.mode() & 0o077 != 0;
     if open {
         fs::set_permissions(path, Permissions::from_mode(0o600))?;
@@ -65,7 +65,7 @@ pub(super) fn tighten(path: &Path) -> io::Result<bool> {
 
 /// Writes a file whole: beside it, synced, renamed over it, and its folder synced. After a crash
 /// at any point the old content stands or the new one does.
-pub(super) fn write(folder: &Path, name: &str, mode: u32, content: &str) -> io::Result<()> {
+pub(crate) fn write(folder: &Path, name: &str, mode: u32, content: &str) -> io::Result<()> {
     let beside = folder.join(format!(".{name}.new"));
     // What a crash left behind; it was never read.
     match fs::remove_file(&beside) {

@@ -17,7 +17,7 @@
 mod addresses;
 mod authority;
 mod client;
-mod files;
+pub(crate) mod files;
 mod server;
 
 pub use authority::{Authority, CA_LIFETIME, CLOCK_SKEW, LEAF_LIFETIME};

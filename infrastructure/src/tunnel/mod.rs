@@ -18,6 +18,7 @@
 //! - an idle session costs a few kilobytes: buffers exist only while there is something in them.
 
 mod backoff;
+mod digest;
 pub mod messages;
 mod session;
 mod stream;
@@ -26,11 +27,13 @@ mod tests;
 mod transport;
 
 use std::fmt;
+use std::net::SocketAddr;
 
 use async_trait::async_trait;
 use ghost_domain::Result;
 
 pub use backoff::{Backoff, BackoffOptions};
+pub use digest::{vm_digest, vms_digest};
 pub use session::{Session, TunnelHandle, begin};
 pub use stream::TunnelStream;
 
@@ -103,10 +106,19 @@ impl fmt::Display for Closed {
     }
 }
 
-/// A way to Core.
+/// A session with the address that it goes out from.
+#[derive(Debug)]
+pub struct Dialled {
+    /// The session.
+    pub session: Session,
+    /// Our end's address; where the host loses it, the connection is dead though nothing says so.
+    pub local: Option<SocketAddr>,
+}
+
+/// A way out of this host.
 #[async_trait]
 pub trait Tunnel: Send + Sync {
-    /// The carrier's name in status and metrics: `link`, `piko`, `direct`.
+    /// The carrier's name in status and metrics: `link`, `piko`.
     fn name(&self) -> &'static str;
 
     /// Dials once.
@@ -114,5 +126,5 @@ pub trait Tunnel: Send + Sync {
     /// # Errors
     /// `CoreUnreachable` where another try may help; `Unauthenticated` where the other side does
     /// not want this host, or is not the one that this host knows.
-    async fn connect(&self) -> Result<Session>;
+    async fn connect(&self) -> Result<Dialled>;
 }

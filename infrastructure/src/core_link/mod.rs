@@ -1,0 +1,517 @@
+//! The link of this host to Ghost Core: one connection that the host opens, over which Core sees and
+//! reaches it, behind whatever NAT.
+//!
+//! [`enrol`] makes this host one of a fleet. From then on [`CoreLinkService::run`] keeps a link up:
+//! it dials ([`tls`] says whom it trusts), greets ([`control`]), tells how the host fares
+//! ([`heartbeat`]), hands commands to the application ([`convert`] reads them), and gives out the
+//! streams that Core opens ([`CoreLinkService::incoming`]). Certificates renew themselves
+//! ([`enrol`]), and where they ended while the host was away the old key gets a new one.
+//!
+//! What holds here:
+//! - Core is hostile too: what it sends is bounded and of a closed set, and it cannot make this host
+//!   wait for longer than ten minutes or hurry more often than once a second;
+//! - a link counts as up only while something comes from Core: after one and a half intervals of
+//!   its pings of silence it is shown as silent, after three it is given up;
+//! - whatever the link does, the host's own ways in work on.
+
+mod control;
+pub mod convert;
+pub mod direct;
+mod enrol;
+mod heartbeat;
+mod identity;
+mod signals;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+mod tls;
+mod token;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use ghost_domain::fleet::{CorePermissions, FleetIdentity, LinkState};
+use ghost_domain::ports::{Clock, CoreLink, CoreLinkHandler};
+use ghost_domain::{ErrorCode, Result};
+use parking_lot::Mutex;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+pub use enrol::{EnrolOptions, enrol};
+pub use tls::core_uri;
+
+use crate::tunnel::{Backoff, BackoffOptions, Dialled, Limits, Side, Tunnel, TunnelStream, begin};
+use control::{Context, End, Shown};
+use direct::DirectOptions;
+use enrol::{blocking, recover, renew, renew_at};
+use identity::{Enrolled, IdentityFolder};
+use signals::Signal;
+use tls::{Setup, Trust};
+
+/// A link that was up for so long was a good one: the next try begins with the shortest wait.
+const GOOD: Duration = Duration::from_secs(60);
+/// Least time between two tries that something hurries.
+const HURRY: Duration = Duration::from_secs(1);
+/// Streams of Core's that nobody has taken yet.
+const STREAMS_WAITING: usize = 256;
+
+/// What the link needs.
+#[derive(Clone, Debug)]
+pub struct CoreLinkOptions {
+    /// The agent's `agent.data_dir`; the identity lies in `core/` of it.
+    pub data_dir: PathBuf,
+    /// The agent's release.
+    pub agent_version: String,
+    /// By which addresses Core may dial this host itself.
+    pub direct: DirectOptions,
+}
+
+/// How long things take; tests shorten them.
+#[derive(Clone, Copy, Debug)]
+struct Pace {
+    /// Waits between tries.
+    backoff: BackoffOptions,
+    /// Until a host that Core refused asks again.
+    refused: Duration,
+    /// How often a host that has not joined looks whether it has.
+    look_for_identity: Duration,
+    /// How often it is looked whether a certificate is due. Often, and by the wall clock: a timer
+    /// does not run while the host sleeps.
+    look_for_renewal: Duration,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self {
+            backoff: BackoffOptions::default(),
+            refused: Duration::from_secs(600),
+            look_for_identity: Duration::from_secs(5),
+            look_for_renewal: Duration::from_secs(20),
+        }
+    }
+}
+
+/// Keeps the link to Core.
+pub struct CoreLinkService {
+    options: CoreLinkOptions,
+    pace: Pace,
+    folder: IdentityFolder,
+    handler: Arc<dyn CoreLinkHandler>,
+    clock: Arc<dyn Clock>,
+    shown: Arc<Shown>,
+    identity: Mutex<Option<Arc<Enrolled>>>,
+    /// One request for a certificate at a time.
+    requests: tokio::sync::Mutex<()>,
+    instance: String,
+    signals: mpsc::Sender<Signal>,
+    signalled: Mutex<Option<mpsc::Receiver<Signal>>>,
+    streams: mpsc::Sender<TunnelStream>,
+    incoming: Mutex<Option<mpsc::Receiver<TunnelStream>>>,
+}
+
+impl CoreLinkService {
+    /// Reads this host's identity; nothing is dialled before [`Self::run`]. Reads files: call it
+    /// where blocking is allowed.
+    ///
+    /// # Errors
+    /// `IoFailed` where there is an identity that cannot be used.
+    pub fn open(
+        options: CoreLinkOptions,
+        handler: Arc<dyn CoreLinkHandler>,
+        clock: Arc<dyn Clock>,
+    ) -> Result<Self> {
+        let folder = IdentityFolder::new(&options.data_dir);
+        let identity = folder.load()?.map(Arc::new);
+        let (signals, signalled) = mpsc::channel(8);
+        let (streams, incoming) = mpsc::channel(STREAMS_WAITING);
+        Ok(Self {
+            options,
+            pace: Pace::default(),
+            folder,
+            shown: Arc::new(Shown::new(Arc::clone(&handler))),
+            handler,
+            clock,
+            identity: Mutex::new(identity),
+            requests: tokio::sync::Mutex::new(()),
+            instance: uuid::Uuid::new_v4().to_string(),
+            signals,
+            signalled: Mutex::new(Some(signalled)),
+            streams,
+            incoming: Mutex::new(Some(incoming)),
+        })
+    }
+
+    /// The streams that Core opens, of all links one after the other. HTTP/2 is spoken on some,
+    /// HTTP/1.1 on others; the first bytes tell. `None` where they were given out already.
+    pub fn incoming(&self) -> Option<mpsc::Receiver<TunnelStream>> {
+        self.incoming.lock().take()
+    }
+
+    /// Keeps the link up until `stop`. A host that has not joined a fleet waits until it does. To be
+    /// called once.
+    pub async fn run(&self, stop: CancellationToken) {
+        let Some(mut signalled) = self.signalled.lock().take() else {
+            tracing::error!("the link to Core runs already");
+            return;
+        };
+        // Ends the watchers with this call, also where it is dropped.
+        let watching = stop.child_token();
+        let _ended = watching.clone().drop_guard();
+        tokio::spawn(signals::watch_sleep(self.signals.clone(), watching.clone()));
+        tokio::spawn(signals::watch_network(self.signals.clone(), watching));
+        tokio::select! {
+            () = self.keep_linked(&mut signalled, &stop) => {}
+            () = self.keep_certified(&stop) => {}
+        }
+        self.shown.set(LinkState::Off);
+    }
+
+    async fn keep_linked(&self, signals: &mut mpsc::Receiver<Signal>, stop: &CancellationToken) {
+        let mut backoff = Backoff::new(self.pace.backoff);
+        let mut next = Addresses::default();
+        let mut connects = 0;
+        let mut last_loss = String::new();
+        let mut expired = false;
+        while !stop.is_cancelled() {
+            let tried = Instant::now();
+            let Some(enrolled) = self.present().await else {
+                self.shown.set(LinkState::Off);
+                self.pause(self.pace.look_for_identity, signals, stop).await;
+                continue;
+            };
+            self.shown.set(LinkState::Connecting);
+            let tunnel = LinkTunnel {
+                enrolled: Arc::clone(&enrolled),
+                address: next.take(&enrolled.identity.addresses),
+            };
+            let dialled = tokio::select! {
+                dialled = self.certified_dial(&tunnel, expired) => dialled,
+                () = stop.cancelled() => break,
+            };
+            expired = false;
+            let (end, up) = match dialled {
+                Ok(dialled) => {
+                    let (dialled, enrolled) = dialled;
+                    let context = match self
+                        .context(&enrolled, tunnel.name(), connects, &last_loss)
+                        .await
+                    {
+                        Ok(context) => context,
+                        Err(error) => {
+                            tracing::error!(%error, "the link cannot begin");
+                            let wait = backoff.next(&mut rand::rng());
+                            self.wait(wait, error.to_string(), tried, signals, stop)
+                                .await;
+                            continue;
+                        }
+                    };
+                    connects += 1;
+                    let lived = control::live(dialled, &context, signals, stop).await;
+                    (lived.end, lived.up)
+                }
+                Err(end) => (end, Duration::ZERO),
+            };
+            if up >= GOOD {
+                backoff.reset();
+            }
+            end.reason().clone_into(&mut last_loss);
+            match end {
+                End::Stopped => break,
+                End::AtOnce(reason) => {
+                    tracing::info!(reason, "the link is made anew");
+                }
+                End::Expired(reason) => {
+                    tracing::warn!(reason, "this host's certificate ended");
+                    expired = true;
+                    let wait = backoff.next(&mut rand::rng());
+                    self.wait(wait, reason, tried, signals, stop).await;
+                }
+                End::Again {
+                    reason,
+                    after,
+                    address,
+                } => {
+                    next.prefer(address);
+                    let wait = backoff.next(&mut rand::rng()).max(after);
+                    tracing::warn!(
+                        reason,
+                        wait_seconds = wait.as_secs_f64(),
+                        "there is no link to Core"
+                    );
+                    self.wait(wait, reason, tried, signals, stop).await;
+                }
+                End::Refused(reason) => {
+                    tracing::error!(reason, "Core refuses this host");
+                    self.shown.set(LinkState::Refused { reason });
+                    self.pause(self.pace.refused, signals, stop).await;
+                }
+            }
+        }
+    }
+
+    /// The identity as it is on disk now, where Core may do anything at all.
+    async fn present(&self) -> Option<Arc<Enrolled>> {
+        if self.handler.permissions() == CorePermissions::Off {
+            return None;
+        }
+        let folder = self.folder.clone();
+        match blocking(move || folder.load()).await {
+            Ok(found) => {
+                let found = found.map(Arc::new);
+                self.identity.lock().clone_from(&found);
+                found
+            }
+            Err(error) => {
+                tracing::error!(%error, "this host's identity in its fleet cannot be read");
+                None
+            }
+        }
+    }
+
+    /// Dials, with a certificate that is valid.
+    async fn certified_dial(
+        &self,
+        tunnel: &LinkTunnel,
+        expired: bool,
+    ) -> Result<(Dialled, Arc<Enrolled>), End> {
+        let mut enrolled = Arc::clone(&tunnel.enrolled);
+        if expired || enrolled.identity.expires_at <= self.clock.now() {
+            let _one = self.requests.lock().await;
+            tracing::info!("asking Core for a new certificate instead of the ended one");
+            let recovered = recover(&enrolled, &self.folder).await;
+            enrolled = Arc::new(recovered.map_err(|error| match error.code() {
+                ErrorCode::CoreUnreachable | ErrorCode::IoFailed | ErrorCode::Internal => {
+                    again(&error)
+                }
+                _ => End::Refused(error.to_string()),
+            })?);
+            *self.identity.lock() = Some(Arc::clone(&enrolled));
+        }
+        let tunnel = LinkTunnel {
+            enrolled: Arc::clone(&enrolled),
+            address: tunnel.address.clone(),
+        };
+        match tunnel.connect().await {
+            Ok(dialled) => Ok((dialled, enrolled)),
+            Err(error) => Err(again(&error)),
+        }
+    }
+
+    async fn context(
+        &self,
+        enrolled: &Enrolled,
+        carrier: &'static str,
+        connects: u64,
+        last_loss: &str,
+    ) -> Result<Context> {
+        let folder = self.folder.clone();
+        let core_id = blocking(move || folder.core_id()).await?;
+        let core = enrolled.identity.addresses.first().map(String::as_str);
+        Ok(Context {
+            handler: Arc::clone(&self.handler),
+            clock: Arc::clone(&self.clock),
+            shown: Arc::clone(&self.shown),
+            carrier,
+            agent_version: self.options.agent_version.clone(),
+            instance: self.instance.clone(),
+            certificate_generation: enrolled.identity.generation,
+            folder: self.folder.clone(),
+            core_id,
+            direct: self
+                .options
+                .direct
+                .addresses(core.unwrap_or_default())
+                .await,
+            connects,
+            last_loss: last_loss.chars().take(200).collect(),
+            streams: self.streams.clone(),
+        })
+    }
+
+    /// Shows that the next try waits, and waits. What hurries the try ends the wait.
+    async fn wait(
+        &self,
+        wait: Duration,
+        reason: String,
+        tried: Instant,
+        signals: &mut mpsc::Receiver<Signal>,
+        stop: &CancellationToken,
+    ) {
+        self.shown.set(LinkState::Waiting {
+            reason,
+            retry_in: wait,
+        });
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            () = stop.cancelled() => {}
+            Some(_) = signals.recv() => tokio::select! {
+                // A network that changes all the time does not make a storm of tries.
+                () = tokio::time::sleep_until(tried + HURRY) => {}
+                () = stop.cancelled() => {}
+            },
+        }
+    }
+
+    /// Waits for a time that only somebody who asks can shorten.
+    async fn pause(
+        &self,
+        wait: Duration,
+        signals: &mut mpsc::Receiver<Signal>,
+        stop: &CancellationToken,
+    ) {
+        let asked = async {
+            while let Some(signal) = signals.recv().await {
+                if signal == Signal::Reconnect {
+                    return;
+                }
+            }
+        };
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            () = asked => {}
+            () = stop.cancelled() => {}
+        }
+    }
+
+    /// Renews certificates in time; where that fails, again and again until it works or the link
+    /// itself recovers.
+    async fn keep_certified(&self, stop: &CancellationToken) {
+        let mut backoff = Backoff::new(BackoffOptions {
+            initial: Duration::from_secs(60),
+            most: Duration::from_secs(1800),
+            multiplier: 2.0,
+        });
+        let mut due = None;
+        loop {
+            tokio::select! {
+                () = tokio::time::sleep(self.pace.look_for_renewal) => {}
+                () = stop.cancelled() => std::future::pending().await,
+            }
+            let Some(enrolled) = self.identity.lock().clone() else {
+                continue;
+            };
+            let identity = &enrolled.identity;
+            let key = (identity.host, identity.generation);
+            let at = match due {
+                Some((of, at)) if of == key => at,
+                _ => renew_at(identity, &mut rand::rng()),
+            };
+            due = Some((key, at));
+            let now = self.clock.now();
+            // An ended one is for the link to recover: Core takes it for no request.
+            if now < at || now >= identity.expires_at {
+                continue;
+            }
+            let _one = self.requests.lock().await;
+            match renew(&enrolled, &self.folder).await {
+                Ok(renewed) => {
+                    tracing::info!(
+                        generation = renewed.identity.generation,
+                        "renewed this host's certificate"
+                    );
+                    *self.identity.lock() = Some(Arc::new(renewed));
+                    backoff.reset();
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "this host's certificate could not be renewed");
+                    due = Some((key, now.after(backoff.next(&mut rand::rng()))));
+                }
+            }
+        }
+    }
+}
+
+impl CoreLink for CoreLinkService {
+    fn identity(&self) -> Option<FleetIdentity> {
+        self.identity
+            .lock()
+            .as_ref()
+            .map(|one| one.identity.clone())
+    }
+
+    fn state(&self) -> LinkState {
+        self.shown.get()
+    }
+
+    fn reconnect(&self) {
+        // A full queue holds signals enough.
+        let _ = self.signals.try_send(Signal::Reconnect);
+    }
+}
+
+impl std::fmt::Debug for CoreLinkService {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CoreLinkService")
+            .field("options", &self.options)
+            .field("state", &self.shown.get())
+            .finish_non_exhaustive()
+    }
+}
+
+fn again(error: &ghost_domain::Error) -> End {
+    let reason = match error.cause() {
+        Some(cause) => format!("{}: {cause}", error.message()),
+        None => error.message().to_owned(),
+    };
+    End::Again {
+        reason,
+        after: Duration::ZERO,
+        address: None,
+    }
+}
+
+/// Which address comes next: the one that Core named, else one after the other.
+#[derive(Debug, Default)]
+struct Addresses {
+    turn: usize,
+    preferred: Option<String>,
+}
+
+impl Addresses {
+    fn take(&mut self, known: &[String]) -> String {
+        if let Some(address) = self.preferred.take() {
+            return address;
+        }
+        let address = known.get(self.turn % known.len().max(1));
+        self.turn = self.turn.wrapping_add(1);
+        address.cloned().unwrap_or_default()
+    }
+
+    fn prefer(&mut self, address: Option<String>) {
+        self.preferred = address;
+    }
+}
+
+/// The link's own carrier: TLS with this host's certificate.
+struct LinkTunnel {
+    enrolled: Arc<Enrolled>,
+    address: String,
+}
+
+#[async_trait]
+impl Tunnel for LinkTunnel {
+    fn name(&self) -> &'static str {
+        "link"
+    }
+
+    async fn connect(&self) -> Result<Dialled> {
+        let trust = Trust::Authority {
+            certificate: self.enrolled.authority.clone(),
+            trust_domain: self.enrolled.identity.trust_domain.clone(),
+        };
+        let setup = Setup::new(
+            trust,
+            Some(self.enrolled.shown()?),
+            ghost_proto::core::LINK_PROTOCOL,
+        )?;
+        let (stream, local) = setup.dial(&self.address).await?;
+        Ok(Dialled {
+            session: begin(stream, Side::Client, Limits::HOST),
+            local: Some(local),
+        })
+    }
+}
