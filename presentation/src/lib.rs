@@ -16,7 +16,7 @@ pub mod convert;
 pub mod grpc;
 pub mod http;
 pub mod metrics;
-mod request;
+pub mod request;
 mod socket;
 
 pub use access::{Access, Shape};

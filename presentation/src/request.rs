@@ -4,14 +4,14 @@ use axum::http::HeaderMap;
 use ghost_domain::RequestId;
 
 /// The header with the caller's (or our) id of a request.
-pub(crate) const REQUEST_ID: &str = "x-request-id";
+pub const REQUEST_ID: &str = "x-request-id";
 
 /// The id of a request on its way to a use case that writes it down.
 #[derive(Clone, Debug)]
 pub(crate) struct CalledAs(pub(crate) String);
 
 /// The caller's id of the request where it is a sane one, or a new one.
-pub(crate) fn request_id(headers: &HeaderMap) -> String {
+pub fn request_id(headers: &HeaderMap) -> String {
     headers
         .get(REQUEST_ID)
         .and_then(|value| value.to_str().ok())

@@ -41,11 +41,15 @@ pub mod core {
         pub const HOST: &str = "ghost-host";
         /// In an answer: why the VM was placed where it was.
         pub const PLACEMENT: &str = "ghost-placement";
+        /// Of a VM that Core finds a host for: only hosts with all of these labels,
+        /// `key=value,key=value`.
+        pub const LABELS: &str = "ghost-labels";
         /// From Core to the agent: who calls, `<tenant>/<name>`. Taken only from Core's own streams.
         pub const PRINCIPAL: &str = "ghost-principal";
         /// From Core to the agent: the caller's role.
         pub const ROLE: &str = "ghost-role";
-        /// From Core to the agent: the caller's tenant.
+        /// From Core to the agent: the caller's tenant. From one of no tenant to Core: whose hosts a
+        /// VM that Core places may go to.
         pub const TENANT: &str = "ghost-tenant";
         /// Between replicas: the call was forwarded once and is not forwarded again.
         pub const FORWARDED: &str = "ghost-forwarded";

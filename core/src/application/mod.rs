@@ -1,4 +1,11 @@
 //! What Core does: one use case a file, over the fleet's records in memory and in the store.
 
+pub mod accounts;
+pub mod audit;
+pub mod callers;
 pub mod fleet;
+pub mod hosts;
 pub mod links;
+pub mod placement;
+pub mod quota_check;
+pub mod vms;

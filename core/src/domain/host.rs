@@ -14,10 +14,45 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use ghost_domain::fleet::{CorePermissions, FleetFacts};
-use ghost_domain::{HostId, HostName, TenantName, Timestamp};
+use ghost_domain::{Error, ErrorCode, HostId, HostName, Result, TenantName, Timestamp};
 
 /// Labels of a host: keys and values are checked like names of Kubernetes labels, at most 64.
 pub type Labels = BTreeMap<String, String>;
+
+/// Checks a label by the rules of Kubernetes: a key is a name of at most 63 characters, with an
+/// optional prefix of at most 253 before a slash; a value is such a name or empty.
+///
+/// # Errors
+/// [`ErrorCode::InvalidArgument`].
+pub fn check_label(key: &str, value: &str) -> Result<()> {
+    fn is_name(text: &str, most: usize) -> bool {
+        let edge = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_alphanumeric);
+        let bytes = text.as_bytes();
+        text.len() <= most
+            && edge(bytes.first())
+            && edge(bytes.last())
+            && bytes
+                .iter()
+                .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.'))
+    }
+    let (prefix, name) = match key.split_once('/') {
+        Some((prefix, name)) => (Some(prefix), name),
+        None => (None, key),
+    };
+    let legal = is_name(name, 63)
+        && prefix.is_none_or(|prefix| is_name(prefix, 253))
+        && (value.is_empty() || is_name(value, 63));
+    if legal {
+        return Ok(());
+    }
+    let shown: String = format!("{key}={value}").chars().take(100).collect();
+    Err(
+        Error::new(ErrorCode::InvalidArgument, format!("{shown:?} is not a label")).field(
+            "labels",
+            "key and value: letters, digits, '-', '_' and '.', at most 63, a letter or digit at both ends",
+        ),
+    )
+}
 
 /// So many heartbeats may be missed before a host counts as offline.
 pub const MISSED_HEARTBEATS: u32 = 3;
@@ -247,5 +282,26 @@ mod tests {
             heartbeat_interval: Duration::from_secs(30),
         };
         assert_eq!(shown_state(&host, &truth, None).0, HostState::Locked);
+    }
+
+    #[test]
+    fn labels_are_like_those_of_kubernetes() {
+        let long = "x".repeat(64);
+        for (key, value) in [("zone", "eu-1"), ("ghost.example/gpu", ""), ("a", "B_2.c")] {
+            check_label(key, value).unwrap();
+        }
+        for (key, value) in [
+            ("", "a"),
+            ("-a", "b"),
+            ("a/b/c", "d"),
+            ("a b", "c"),
+            ("a", "-"),
+            ("a", "b\n"),
+            ("ä", "b"),
+            (long.as_str(), "a"),
+            ("a", long.as_str()),
+        ] {
+            assert!(check_label(key, value).is_err(), "{key:?} {value:?}");
+        }
     }
 }

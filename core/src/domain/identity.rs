@@ -28,6 +28,16 @@ pub enum TokenKind {
     },
 }
 
+impl TokenKind {
+    /// The tenant of whoever joins with it; `None`: a person of no tenant.
+    pub const fn tenant(&self) -> Option<&TenantName> {
+        match self {
+            Self::Host { tenant, .. } => Some(tenant),
+            Self::Operator { tenant, .. } => tenant.as_ref(),
+        }
+    }
+}
+
 /// A single-use token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JoinToken {

@@ -16,7 +16,8 @@ mod tenant;
 pub use caller::{Caller, CallerSource};
 pub use command::QueuedCommand;
 pub use host::{
-    HostLife, HostRecord, HostState, Labels, LinkTruth, MISSED_HEARTBEATS, Ownership, shown_state,
+    HostLife, HostRecord, HostState, Labels, LinkTruth, MISSED_HEARTBEATS, Ownership, check_label,
+    shown_state,
 };
 pub use identity::{FleetKey, JoinToken, MachineHash, TokenKind, User, UserSource};
 pub use inventory::{HostHealth, Inventory};

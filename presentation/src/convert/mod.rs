@@ -21,7 +21,7 @@ pub use guest::{
 pub use host::{AgentInfo, event, network, status};
 pub use image::{catalogue_entry, image};
 pub use operation::operation;
-pub use vm::{create_vm, stop, update_vm, vm};
+pub use vm::{create_vm, desired_state, stop, update_vm, vm, vm_state};
 
 use std::time::Duration;
 

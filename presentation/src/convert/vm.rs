@@ -17,11 +17,11 @@ pub fn vm(view: &VmView) -> message::Vm {
     message::Vm {
         id: vm.id.to_string(),
         name: vm.name.to_string(),
-        state: state(view.shown.state).into(),
+        state: vm_state(view.shown.state).into(),
         state_reason: view.shown.reason.clone(),
         state_source: view.source.as_str().to_owned(),
         state_age: Some(duration(view.age)),
-        desired_state: desired(vm.desired).into(),
+        desired_state: desired_state(vm.desired).into(),
         vcpus: vm.spec.vcpus,
         memory_bytes: vm.spec.memory.bytes(),
         image: vm.spec.image.name.to_string(),
@@ -96,7 +96,8 @@ fn guest_policy(given: message::GuestPolicy) -> Result<GuestPolicy> {
     })
 }
 
-const fn state(state: VmState) -> message::VmState {
+/// A state as a message.
+pub const fn vm_state(state: VmState) -> message::VmState {
     match state {
         VmState::Creating => message::VmState::Creating,
         VmState::Stopped => message::VmState::Stopped,
@@ -112,7 +113,8 @@ const fn state(state: VmState) -> message::VmState {
     }
 }
 
-const fn desired(power: DesiredPower) -> message::DesiredState {
+/// What is wanted, as a message.
+pub const fn desired_state(power: DesiredPower) -> message::DesiredState {
     match power {
         DesiredPower::Running => message::DesiredState::Running,
         DesiredPower::Stopped => message::DesiredState::Stopped,

@@ -299,7 +299,7 @@ fn complete(response: &mut Response<Body>) {
 }
 
 /// An error of ours for a status that is not.
-pub(crate) fn foreign(status: &Status) -> Error {
+pub fn foreign(status: &Status) -> Error {
     let code = match status.code() {
         // tonic's words for a message that does not decode (`tonic::codec::decode`).
         Code::Internal if status.message().starts_with("failed to decode") => {
@@ -417,7 +417,7 @@ impl Drop for Watched {
 }
 
 /// gRPC's own name of a code, for labels and logs.
-pub(crate) const fn code_name(code: Code) -> &'static str {
+pub const fn code_name(code: Code) -> &'static str {
     match code {
         Code::Ok => "ok",
         Code::Cancelled => "cancelled",

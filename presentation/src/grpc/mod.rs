@@ -34,6 +34,7 @@ use crate::connection::{self, CertificateReader, Connection, ConnectionLimits, L
 use crate::convert::AgentInfo;
 use crate::metrics::Recorder;
 use guard::{GuardLayer, Watch};
+pub use guard::{code_name, foreign};
 
 /// Most bytes of one message that is taken. An upload comes in pieces of 1 MiB.
 pub const MOST_MESSAGE: usize = 4 * 1024 * 1024;

@@ -91,7 +91,7 @@ impl Recorder {
     ///
     /// # Errors
     /// Where they are part of it already.
-    pub(super) fn register(&self, registry: &Registry) -> prometheus::Result<()> {
+    pub fn register(&self, registry: &Registry) -> prometheus::Result<()> {
         registry.register(Box::new(self.rpc_seconds.clone()))?;
         registry.register(Box::new(self.rpc_streams.clone()))?;
         registry.register(Box::new(self.http_seconds.clone()))?;
@@ -101,7 +101,7 @@ impl Recorder {
     }
 
     /// A gRPC call has ended. Streams last as long as somebody watches, which is no latency.
-    pub(crate) fn rpc(&self, method: &str, code: &str, shape: Shape, took: Duration) {
+    pub fn rpc(&self, method: &str, code: &str, shape: Shape, took: Duration) {
         match shape {
             Shape::Unary | Shape::Long(_) => self
                 .rpc_seconds
@@ -112,7 +112,7 @@ impl Recorder {
     }
 
     /// An HTTP request was answered.
-    pub(crate) fn http(&self, method: &str, route: &str, status: u16, took: Duration) {
+    pub fn http(&self, method: &str, route: &str, status: u16, took: Duration) {
         self.http_seconds
             .with_label_values(&[method, route, &status.to_string()])
             .observe(took.as_secs_f64());

@@ -1,0 +1,760 @@
+//! Whether a tenant and a user may have one VM more, and the reservations that make two who ask at
+//! once see each other.
+//!
+//! Use is computed from what hosts say they have, plus what is queued for them, plus what was
+//! admitted a moment ago and no host has told of yet. A reservation goes when its call failed, when
+//! its host tells of the VM, or when its time is over.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ghost_domain::fleet::CommandAction;
+use ghost_domain::{Demand, Error, ErrorCode, HostId, Monotonic, Result, Role, TenantName};
+use parking_lot::{Mutex, MutexGuard};
+
+use super::fleet::{Fleet, HostView};
+use super::placement::{Ask, Candidate, Placed, USUAL_DEMAND, place};
+use crate::domain::{Caller, CallerSource, Quota, Tenant, Usage};
+
+/// So long a VM that was asked for counts without a word of its host: a create that takes longer has
+/// its record, and the host's next heartbeat, long before.
+const RESERVED_FOR: Duration = Duration::from_secs(120);
+/// So long a repeated request finds the host that it went to.
+const REMEMBERED_FOR: Duration = Duration::from_secs(3600);
+/// Most requests that are remembered; beyond it the oldest are forgotten.
+const MOST_REMEMBERED: usize = 100_000;
+
+/// What a create without a host asks.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    /// Whose hosts.
+    pub tenant: TenantName,
+    /// The VM's name; empty: one is made up.
+    pub name: String,
+    /// What it needs; zeroes: the usual.
+    pub demand: Demand,
+    /// Only hosts with all of these labels.
+    pub labels: crate::domain::Labels,
+    /// The caller's idempotency key.
+    pub request_id: Option<String>,
+}
+
+/// With the usual sizes where none is given.
+pub fn with_usual(demand: Demand) -> Demand {
+    let usual =
+        |given: ghost_domain::ByteSize, usual| if given.bytes() == 0 { usual } else { given };
+    Demand {
+        cpus: if demand.cpus == 0 {
+            USUAL_DEMAND.cpus
+        } else {
+            demand.cpus
+        },
+        memory: usual(demand.memory, USUAL_DEMAND.memory),
+        disk: usual(demand.disk, USUAL_DEMAND.disk),
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Reservation {
+    host: HostId,
+    tenant: TenantName,
+    owner: String,
+    name: String,
+    /// The VM's id, once the host gave it.
+    vm: Option<String>,
+    vms: u32,
+    demand: Demand,
+    until: Monotonic,
+}
+
+#[derive(Debug, Default)]
+struct Book {
+    next: u64,
+    reservations: HashMap<u64, Reservation>,
+    /// The host that a request went to, by its caller and idempotency key.
+    sent: HashMap<(String, String), (HostId, String, Monotonic)>,
+}
+
+/// Admits VMs.
+pub struct Admission {
+    fleet: Arc<Fleet>,
+    book: Arc<Mutex<Book>>,
+}
+
+impl std::fmt::Debug for Admission {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Admission")
+            .field("reservations", &self.book.lock().reservations.len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Room that is held. Dropped it is given back, unless it was kept.
+#[derive(Debug)]
+pub struct Reserved {
+    book: Arc<Mutex<Book>>,
+    number: u64,
+    kept: bool,
+}
+
+impl Reserved {
+    /// The host took the request: the room stays held until it tells of the VM.
+    pub fn keep(mut self, vm: Option<String>) {
+        self.kept = true;
+        if let Some(one) = self.book.lock().reservations.get_mut(&self.number) {
+            one.vm = vm;
+        }
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        if !self.kept {
+            self.book.lock().reservations.remove(&self.number);
+        }
+    }
+}
+
+/// Where a VM may go.
+#[derive(Debug)]
+pub struct Admitted {
+    /// The host.
+    pub host: HostId,
+    /// Why, for people.
+    pub placed: Placed,
+    /// The room; `None` for a repeated request, which took it the first time.
+    pub reserved: Option<Reserved>,
+}
+
+/// What the records say of a tenant at one moment. Taken while the book is open, so that a VM is
+/// seen in it or in the book, never in neither.
+struct Snapshot {
+    tenant: Option<Tenant>,
+    /// Of the user who calls, where it has one of its own.
+    user_quota: Option<Quota>,
+    hosts: Vec<HostView>,
+    /// Commands that make a VM and have not ended: who asked, and for how much.
+    coming: Vec<(HostId, String, Demand)>,
+}
+
+impl Snapshot {
+    fn take(fleet: &Fleet, caller: &Caller, tenant: &TenantName) -> Self {
+        let hosts = fleet.host_views(|host| host.tenant == *tenant);
+        fleet
+            .read(|state| {
+                let commands = hosts
+                    .iter()
+                    .filter(|view| view.open_commands > 0)
+                    .flat_map(|view| state.open_commands(view.record.id));
+                let coming = commands
+                    .filter_map(|command| match &command.action {
+                        CommandAction::CreateVm(create) => Some((
+                            command.host,
+                            command.issuer.name.clone(),
+                            with_usual(Demand {
+                                cpus: create.vcpus.unwrap_or_default(),
+                                memory: create.memory.unwrap_or_default(),
+                                disk: create.disk.unwrap_or_default(),
+                            }),
+                        )),
+                        _ => None,
+                    })
+                    .collect();
+                Self {
+                    tenant: state.tenant(tenant).cloned(),
+                    user_quota: caller
+                        .user
+                        .and_then(|user| state.user(user))
+                        .and_then(|user| user.quota),
+                    coming,
+                    hosts: Vec::new(),
+                }
+            })
+            .with(hosts)
+    }
+
+    fn with(mut self, hosts: Vec<HostView>) -> Self {
+        self.hosts = hosts;
+        self
+    }
+
+    /// What all VMs of the tenant's hosts use, or those of one owner.
+    fn used(&self, owner: Option<&str>) -> Usage {
+        let mut usage = Usage::default();
+        let told = self.hosts.iter().filter_map(|view| view.inventory.as_ref());
+        for vm in told.flat_map(|inventory| inventory.vms.values()) {
+            if owner.is_none_or(|owner| vm.owner.as_deref() == Some(owner)) {
+                usage = usage.with(vm.demand);
+            }
+        }
+        for (_, issuer, demand) in &self.coming {
+            if owner.is_none_or(|owner| issuer == owner) {
+                usage = usage.with(*demand);
+            }
+        }
+        usage
+    }
+}
+
+impl Book {
+    /// Forgets what is over: by time, or because the host tells of the VM.
+    fn settle(&mut self, fleet: &Fleet) {
+        let now = fleet.clock().monotonic();
+        self.reservations.retain(|_, one| {
+            if one.until <= now {
+                return false;
+            }
+            let told = fleet.inventory(one.host).is_some_and(|inventory| {
+                one.vms > 0
+                    && inventory.vms.values().any(|vm| match &one.vm {
+                        Some(id) => vm.id.to_string() == *id,
+                        None => !one.name.is_empty() && vm.name == one.name,
+                    })
+            });
+            !told
+        });
+        self.sent.retain(|_, (_, _, until)| *until > now);
+        if self.sent.len() > MOST_REMEMBERED {
+            let mut ends: Vec<Monotonic> = self.sent.values().map(|(_, _, end)| *end).collect();
+            ends.sort_unstable();
+            if let Some(middle) = ends.get(ends.len() / 2).copied() {
+                self.sent.retain(|_, (_, _, until)| *until > middle);
+            }
+        }
+    }
+
+    fn held(&self, wanted: impl Fn(&Reservation) -> bool) -> Usage {
+        let mut usage = Usage::default();
+        for one in self.reservations.values().filter(|one| wanted(one)) {
+            usage.vms = usage.vms.saturating_add(one.vms);
+            usage.demand = usage.demand.plus(one.demand);
+        }
+        usage
+    }
+}
+
+fn sum(a: Usage, b: Usage) -> Usage {
+    Usage {
+        vms: a.vms.saturating_add(b.vms),
+        demand: a.demand.plus(b.demand),
+    }
+}
+
+impl Admission {
+    /// For one replica. Replicas see each other's VMs once their hosts tell of them; two that admit
+    /// in the same seconds may together go over a quota by what both admitted.
+    pub fn new(fleet: Arc<Fleet>) -> Self {
+        Self {
+            fleet,
+            book: Arc::default(),
+        }
+    }
+
+    /// What a tenant uses.
+    pub fn used_by_tenant(&self, tenant: &TenantName) -> Usage {
+        self.used(tenant, None)
+    }
+
+    /// What a user uses on the hosts of a tenant: `owner` is `<tenant>/<name>`.
+    pub fn used_by_user(&self, tenant: &TenantName, owner: &str) -> Usage {
+        self.used(tenant, Some(owner))
+    }
+
+    fn used(&self, tenant: &TenantName, owner: Option<&str>) -> Usage {
+        let book = self.settled();
+        let nobody = Caller {
+            name: String::new(),
+            user: None,
+            tenant: None,
+            role: Role::Viewer,
+            hosts: None,
+            source: CallerSource::OpenIdConnect,
+        };
+        let snapshot = Snapshot::take(&self.fleet, &nobody, tenant);
+        sum(
+            snapshot.used(owner),
+            book.held(|one| one.tenant == *tenant && owner.is_none_or(|owner| one.owner == owner)),
+        )
+    }
+
+    fn tenant_of(&self, host: HostId) -> Result<TenantName> {
+        self.fleet
+            .read(|state| state.require_host(host).map(|host| host.tenant.clone()))
+    }
+
+    /// Admits a VM on a host that its caller chose.
+    ///
+    /// # Errors
+    /// `QuotaExceeded`.
+    pub fn on_host(
+        &self,
+        caller: &Caller,
+        host: HostId,
+        name: &str,
+        demand: Demand,
+    ) -> Result<Reserved> {
+        let demand = with_usual(demand);
+        let tenant = self.tenant_of(host)?;
+        let mut book = self.settled();
+        let snapshot = Snapshot::take(&self.fleet, caller, &tenant);
+        check(&snapshot, &book, caller, &tenant, Usage { vms: 1, demand })?;
+        Ok(self.reserve(&mut book, caller, tenant, host, name, 1, demand))
+    }
+
+    /// Admits more for a VM that there is.
+    ///
+    /// # Errors
+    /// `QuotaExceeded`.
+    pub fn growth(&self, caller: &Caller, host: HostId, more: Demand) -> Result<Option<Reserved>> {
+        if more == Demand::default() {
+            return Ok(None);
+        }
+        let tenant = self.tenant_of(host)?;
+        let mut book = self.settled();
+        let snapshot = Snapshot::take(&self.fleet, caller, &tenant);
+        let usage = Usage {
+            vms: 0,
+            demand: more,
+        };
+        check(&snapshot, &book, caller, &tenant, usage)?;
+        Ok(Some(
+            self.reserve(&mut book, caller, tenant, host, "", 0, more),
+        ))
+    }
+
+    /// Chooses a host for a VM and holds the room on it. The same request by the same caller goes
+    /// to the same host again.
+    ///
+    /// # Errors
+    /// `NoHostFits`, `QuotaExceeded`, `TenantNotFound`.
+    pub fn anywhere(&self, caller: &Caller, wanted: &Wanted) -> Result<Admitted> {
+        let demand = with_usual(wanted.demand);
+        let mut book = self.settled();
+        let repeated = wanted
+            .request_id
+            .as_ref()
+            .map(|id| (caller.full_name(), id.clone()));
+        if let Some((host, name, _)) = repeated.as_ref().and_then(|key| book.sent.get(key)) {
+            return Ok(Admitted {
+                host: *host,
+                placed: Placed {
+                    host: *host,
+                    name: name.clone(),
+                    reason: "the request went there before".to_owned(),
+                    rejected: Vec::new(),
+                },
+                reserved: None,
+            });
+        }
+        let placed = self.choose(&book, caller, wanted, true)?;
+        let reserved = self.reserve(
+            &mut book,
+            caller,
+            wanted.tenant.clone(),
+            placed.host,
+            &wanted.name,
+            1,
+            demand,
+        );
+        if let Some(key) = repeated {
+            let until = self.fleet.clock().monotonic().after(REMEMBERED_FOR);
+            book.sent
+                .insert(key, (placed.host, placed.name.clone(), until));
+        }
+        Ok(Admitted {
+            host: placed.host,
+            placed,
+            reserved: Some(reserved),
+        })
+    }
+
+    /// Where a VM would go. Holds nothing.
+    ///
+    /// # Errors
+    /// `NoHostFits`, `TenantNotFound`.
+    pub fn preview(&self, caller: &Caller, wanted: &Wanted) -> Result<Placed> {
+        let book = self.settled();
+        self.choose(&book, caller, wanted, false)
+    }
+
+    fn choose(
+        &self,
+        book: &Book,
+        caller: &Caller,
+        wanted: &Wanted,
+        within_quota: bool,
+    ) -> Result<Placed> {
+        let demand = with_usual(wanted.demand);
+        let tenant = &wanted.tenant;
+        if !caller.sees_tenant(tenant) {
+            // As if it were not there.
+            return Err(Error::new(
+                ErrorCode::TenantNotFound,
+                format!("there is no tenant {tenant}"),
+            ));
+        }
+        self.fleet
+            .read(|state| state.require_tenant(tenant).map(drop))?;
+        let snapshot = Snapshot::take(&self.fleet, caller, tenant);
+        if within_quota {
+            check(&snapshot, book, caller, tenant, Usage { vms: 1, demand })?;
+        }
+        let candidates: Vec<Candidate> = snapshot
+            .hosts
+            .iter()
+            .filter(|view| caller.sees_host(view.record.id, &view.record.tenant))
+            .map(|view| candidate(view, &snapshot, book))
+            .collect();
+        place(
+            &Ask {
+                tenant: tenant.clone(),
+                demand,
+                labels: wanted.labels.clone(),
+                only: caller.hosts.clone(),
+            },
+            &candidates,
+        )
+    }
+
+    /// The request did not reach its host, and may go to another one when it is repeated.
+    pub fn forget(&self, caller: &Caller, request_id: &str) {
+        let key = (caller.full_name(), request_id.to_owned());
+        self.book.lock().sent.remove(&key);
+    }
+
+    fn settled(&self) -> MutexGuard<'_, Book> {
+        let mut book = self.book.lock();
+        book.settle(&self.fleet);
+        book
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the parts of one record")]
+    fn reserve(
+        &self,
+        book: &mut Book,
+        caller: &Caller,
+        tenant: TenantName,
+        host: HostId,
+        name: &str,
+        vms: u32,
+        demand: Demand,
+    ) -> Reserved {
+        book.next += 1;
+        let number = book.next;
+        book.reservations.insert(
+            number,
+            Reservation {
+                host,
+                tenant,
+                owner: caller.full_name(),
+                name: name.to_owned(),
+                vm: None,
+                vms,
+                demand,
+                until: self.fleet.clock().monotonic().after(RESERVED_FOR),
+            },
+        );
+        Reserved {
+            book: Arc::clone(&self.book),
+            number,
+            kept: false,
+        }
+    }
+}
+
+/// A host as placement sees it, with what is on its way to it.
+fn candidate(view: &HostView, snapshot: &Snapshot, book: &Book) -> Candidate {
+    let inventory = view.inventory.as_deref();
+    let mut coming = book.held(|one| one.host == view.record.id);
+    let queued = snapshot.coming.iter();
+    for (_, _, demand) in queued.filter(|(host, _, _)| *host == view.record.id) {
+        coming = coming.with(*demand);
+    }
+    Candidate {
+        id: view.record.id,
+        name: view.record.name.as_str().to_owned(),
+        tenant: view.record.tenant.clone(),
+        state: view.state,
+        state_reason: view.reason.clone(),
+        cordoned: view.record.cordoned.clone(),
+        labels: view.record.labels.clone(),
+        permissions: view.record.permissions,
+        agent_state: inventory
+            .map(|one| one.health.agent_state.clone())
+            .unwrap_or_default(),
+        cpus: inventory.map_or(0, |one| one.total.cpus),
+        allocatable: inventory.map(|one| one.allocatable),
+        committed: inventory.map(|one| one.committed).unwrap_or_default(),
+        reserved: coming.demand,
+        vms: inventory.map_or(0, |one| one.vms.len()) + coming.vms as usize,
+    }
+}
+
+/// Whether the tenant and the user may have that much more.
+fn check(
+    snapshot: &Snapshot,
+    book: &Book,
+    caller: &Caller,
+    tenant: &TenantName,
+    more: Usage,
+) -> Result<()> {
+    let Some(record) = &snapshot.tenant else {
+        return Ok(());
+    };
+    let exceeded =
+        |quota: &Quota, used: Usage, whose: &str| match quota.exceeded_by(&sum(used, more)) {
+            None => Ok(()),
+            Some(what) => Err(Error::new(
+                ErrorCode::QuotaExceeded,
+                format!("the quota of {whose} would be exceeded"),
+            )
+            .because(what)
+            .hint("delete a VM that is not needed, or ask an administrator of the fleet for more")),
+        };
+    if record.quota != Quota::default() {
+        let held = book.held(|one| one.tenant == *tenant);
+        exceeded(
+            &record.quota,
+            sum(snapshot.used(None), held),
+            tenant.as_str(),
+        )?;
+    }
+    // People of no tenant are not bounded as users; what they make is the tenant's.
+    if caller.tenant.is_none() {
+        return Ok(());
+    }
+    let quota = snapshot.user_quota.unwrap_or(record.user_quota);
+    if quota != Quota::default() {
+        let owner = caller.full_name();
+        let held = book.held(|one| one.tenant == *tenant && one.owner == owner);
+        exceeded(&quota, sum(snapshot.used(Some(&owner)), held), &owner)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use ghost_domain::fleet::{CorePermissions, FleetFacts, VmSummary};
+    use ghost_domain::vm::{DesiredPower, VmState};
+    use ghost_domain::{ByteSize, HostName, HostResources, Timestamp, VmId};
+    use ghost_infrastructure::clock::SystemClock;
+
+    use super::*;
+    use crate::domain::{
+        HostHealth, HostLife, HostRecord, Inventory, Labels, Ownership, Record, RecordKey,
+    };
+    use crate::infrastructure::store::MemoryStore;
+
+    fn tenant() -> TenantName {
+        TenantName::new("acme").unwrap()
+    }
+
+    fn caller(name: &str) -> Caller {
+        Caller {
+            name: name.into(),
+            user: None,
+            tenant: Some(tenant()),
+            role: Role::Operator,
+            hosts: None,
+            source: CallerSource::Certificate,
+        }
+    }
+
+    fn wanted(request: Option<&str>) -> Wanted {
+        Wanted {
+            tenant: tenant(),
+            name: "web".into(),
+            demand: Demand::default(),
+            labels: Labels::new(),
+            request_id: request.map(str::to_owned),
+        }
+    }
+
+    fn inventory(vms: Vec<VmSummary>) -> Inventory {
+        let room = |cpus, memory, disk| Demand {
+            cpus,
+            memory: ByteSize::from_gib(memory),
+            disk: ByteSize::from_gib(disk),
+        };
+        Inventory {
+            vms: vms.into_iter().map(|vm| (vm.id, vm)).collect(),
+            total: HostResources {
+                cpus: 8,
+                ..HostResources::default()
+            },
+            allocatable: room(32, 16, 500),
+            health: HostHealth {
+                agent_state: "running".into(),
+                hypervisor_connected: true,
+                store_writable: true,
+                ..HostHealth::default()
+            },
+            ..Inventory::default()
+        }
+    }
+
+    fn vm(id: VmId, owner: &str) -> VmSummary {
+        VmSummary {
+            id,
+            name: format!("vm-{id}"),
+            state: VmState::Running,
+            state_reason: String::new(),
+            desired: DesiredPower::Running,
+            demand: USUAL_DEMAND,
+            image: "debian-12".into(),
+            addresses: Vec::new(),
+            generation: 1,
+            created_at: Timestamp::default(),
+            tags: Default::default(),
+            owner: Some(owner.into()),
+        }
+    }
+
+    /// A fleet with the tenant acme and hosts that are online, with their ids.
+    async fn fleet(quota: Quota, user_quota: Quota, hosts: &[&str]) -> (Arc<Fleet>, Vec<HostId>) {
+        let fleet = Fleet::start(MemoryStore::new(), Arc::new(SystemClock::new()))
+            .await
+            .unwrap();
+        let now = fleet.clock().now();
+        let ids: Vec<HostId> = hosts.iter().map(|_| HostId::random()).collect();
+        fleet
+            .transact(|state| {
+                let mut draft = state.draft();
+                let record = Tenant {
+                    name: tenant(),
+                    quota,
+                    user_quota,
+                    created_at: now,
+                };
+                draft.put(RecordKey::Tenant(tenant()), Record::Tenant(record));
+                for (name, id) in hosts.iter().zip(&ids) {
+                    draft.put_host(HostRecord {
+                        id: *id,
+                        name: HostName::new(*name).unwrap(),
+                        tenant: tenant(),
+                        labels: Labels::new(),
+                        cordoned: None,
+                        life: HostLife::Active,
+                        certificate_generation: 1,
+                        key_hash: [0; 32],
+                        previous_key_hash: None,
+                        certificate_expires_at: now,
+                        enrolled_at: now,
+                        agent_version: "0.1.0".into(),
+                        permissions: CorePermissions::Operate,
+                        facts: FleetFacts::default(),
+                        last_heard_at: Some(now),
+                        command_generation: 0,
+                    });
+                    let owner = Ownership {
+                        host: *id,
+                        replica: "a".into(),
+                        link: 1,
+                        since: now,
+                    };
+                    draft.put(RecordKey::Owner(*id), Record::Owner(owner));
+                    let told = Record::Inventory(Box::new(inventory(Vec::new())));
+                    draft.put(RecordKey::Inventory(*id), told);
+                }
+                Ok(draft.done(()))
+            })
+            .await
+            .unwrap();
+        (fleet, ids)
+    }
+
+    fn three() -> Quota {
+        Quota {
+            vms: Some(3),
+            ..Quota::default()
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_on_its_way_counts_until_it_fails_or_is_told_of() {
+        let (fleet, hosts) = fleet(three(), Quota::default(), &["a"]).await;
+        let admission = Admission::new(Arc::clone(&fleet));
+        let alice = caller("alice");
+        let first = admission.anywhere(&alice, &wanted(None)).unwrap();
+        let second = admission.anywhere(&alice, &wanted(None)).unwrap();
+        let third = admission.on_host(&alice, hosts[0], "web", Demand::default());
+        let third = third.unwrap();
+        assert_eq!(admission.used_by_tenant(&tenant()).vms, 3);
+        let error = admission.anywhere(&alice, &wanted(None)).unwrap_err();
+        assert_eq!(error.code(), ErrorCode::QuotaExceeded);
+        assert_eq!(error.cause(), Some("4 of 3 VMs"));
+
+        // One whose call failed gives its room back.
+        drop(third);
+        let third = admission.anywhere(&alice, &wanted(None)).unwrap();
+
+        // Those that are told of are counted once.
+        let (one, two) = (VmId::random(), VmId::random());
+        first.reserved.unwrap().keep(Some(one.to_string()));
+        second.reserved.unwrap().keep(Some(two.to_string()));
+        let told = inventory(vec![vm(one, "acme/alice"), vm(two, "acme/alice")]);
+        fleet.live(hosts[0]).set_linked(true);
+        fleet.set_inventory(hosts[0], told);
+        assert_eq!(admission.used_by_tenant(&tenant()).vms, 3);
+        assert_eq!(admission.used_by_user(&tenant(), "acme/alice").vms, 3);
+        assert_eq!(admission.used_by_user(&tenant(), "acme/bob").vms, 0);
+        drop(third);
+        assert_eq!(admission.used_by_tenant(&tenant()).vms, 2);
+        assert_eq!(
+            admission.used_by_tenant(&tenant()).demand.memory,
+            ByteSize::from_gib(4)
+        );
+    }
+
+    #[tokio::test]
+    async fn many_at_once_never_get_more_than_the_quota() {
+        let (fleet, _) = fleet(three(), Quota::default(), &["a", "b"]).await;
+        let admission = Arc::new(Admission::new(fleet));
+        let attempts = (0..32).map(|_| {
+            let admission = Arc::clone(&admission);
+            std::thread::spawn(move || admission.anywhere(&caller("alice"), &wanted(None)).ok())
+        });
+        let attempts: Vec<_> = attempts.collect();
+        let admitted: Vec<_> = attempts
+            .into_iter()
+            .filter_map(|one| one.join().unwrap())
+            .collect();
+        assert_eq!(admitted.len(), 3);
+    }
+
+    #[tokio::test]
+    async fn users_have_their_own_limit() {
+        let (fleet, _) = fleet(Quota::default(), three(), &["a", "b"]).await;
+        let admission = Admission::new(fleet);
+        let mut held = Vec::new();
+        for _ in 0..3 {
+            held.push(admission.anywhere(&caller("alice"), &wanted(None)).unwrap());
+        }
+        let error = admission.anywhere(&caller("alice"), &wanted(None));
+        let error = error.unwrap_err();
+        assert!(error.message().contains("acme/alice"), "{error}");
+        admission.anywhere(&caller("bob"), &wanted(None)).unwrap();
+    }
+
+    #[tokio::test]
+    async fn reservations_spread_and_a_repeated_request_stays_where_it_went() {
+        let (fleet, _) = fleet(Quota::default(), Quota::default(), &["a", "b"]).await;
+        let admission = Admission::new(fleet);
+        let alice = caller("alice");
+        let first = admission.anywhere(&alice, &wanted(Some("r-1"))).unwrap();
+        assert_eq!(first.placed.name, "a");
+        let second = admission.anywhere(&alice, &wanted(Some("r-2"))).unwrap();
+        assert_eq!(second.placed.name, "b");
+        let again = admission.anywhere(&alice, &wanted(Some("r-1"))).unwrap();
+        assert_eq!(again.host, first.host);
+        assert!(again.reserved.is_none());
+        // Another caller's key is another key.
+        let other = admission.anywhere(&caller("bob"), &wanted(Some("r-1")));
+        assert!(other.unwrap().reserved.is_some());
+        // One that never arrived may go elsewhere.
+        admission.forget(&alice, "r-1");
+        let anew = admission.anywhere(&alice, &wanted(Some("r-1"))).unwrap();
+        assert!(anew.reserved.is_some());
+    }
+}

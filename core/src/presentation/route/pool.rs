@@ -1,0 +1,290 @@
+//! HTTP/2 connections to hosts: one for each host that calls run to, more only where one is full,
+//! none to a host that nobody has called for a minute.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use axum::http::{Request, Response};
+use ghost_domain::{Error, ErrorCode, Result};
+use hyper::body::Incoming;
+use hyper::client::conn::http2::{Builder, SendRequest};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use parking_lot::Mutex;
+use tokio::time::Instant;
+use tonic::body::Body;
+
+use super::relay::{broken_off, causes};
+use super::{Onward, ReplicaLinks, Target};
+use crate::application::links::{ByteStream, HostLinks};
+use crate::domain::Replica;
+
+/// How the connections are.
+#[derive(Clone, Copy, Debug)]
+pub struct PoolOptions {
+    /// A connection without calls is dropped after this.
+    pub idle: Duration,
+    /// Most bytes of one call that Core takes ahead of its caller.
+    pub stream_window: u32,
+    /// Most bytes of all calls of one connection together: so many that readers who stand still
+    /// leave room for the others.
+    pub connection_window: u32,
+    /// Most calls on one connection: below the number that an agent takes, because one more would
+    /// wait without a word until another ends.
+    pub most_calls: usize,
+    /// Most connections to one host.
+    pub most_connections: usize,
+    /// How long opening one may take.
+    pub opening: Duration,
+}
+
+impl Default for PoolOptions {
+    fn default() -> Self {
+        Self {
+            idle: Duration::from_secs(60),
+            stream_window: 256 * 1024,
+            connection_window: 32 * 1024 * 1024,
+            most_calls: 100,
+            most_connections: 4,
+            opening: Duration::from_secs(10),
+        }
+    }
+}
+
+/// All connections.
+pub(super) struct Pool {
+    hosts: Arc<dyn HostLinks>,
+    replicas: Option<Arc<dyn ReplicaLinks>>,
+    options: PoolOptions,
+    slots: Mutex<HashMap<Target, Arc<Slot>>>,
+}
+
+impl std::fmt::Debug for Pool {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pool")
+            .field("options", &self.options)
+            .field("targets", &self.slots.lock().len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// The connections to one target.
+#[derive(Default)]
+struct Slot {
+    /// One opens, the others wait for it.
+    opening: tokio::sync::Mutex<()>,
+    connections: Mutex<Vec<Arc<Connection>>>,
+}
+
+struct Connection {
+    sender: SendRequest<Body>,
+    calls: AtomicUsize,
+    idle_since: Mutex<Instant>,
+}
+
+/// A call's place on a connection.
+pub(super) struct Lease(Arc<Connection>);
+
+impl Lease {
+    /// Whether a call failed because its connection is gone.
+    pub(super) fn is_lost(&self, error: &hyper::Error) -> bool {
+        if self.0.sender.is_closed() || error.is_closed() || error.is_canceled() {
+            return true;
+        }
+        let mut source = std::error::Error::source(error);
+        while let Some(one) = source {
+            if let Some(error) = one.downcast_ref::<h2::Error>() {
+                return error.is_io() || error.is_go_away();
+            }
+            if one.is::<std::io::Error>() {
+                return true;
+            }
+            source = one.source();
+        }
+        false
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        *self.0.idle_since.lock() = Instant::now();
+        self.0.calls.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+impl Slot {
+    /// A place on a connection that has one.
+    fn pick(&self, most_calls: usize) -> Option<Lease> {
+        let mut connections = self.connections.lock();
+        connections.retain(|one| !one.sender.is_closed());
+        let free = connections
+            .iter()
+            .find(|one| one.calls.load(Ordering::Acquire) < most_calls)?;
+        free.calls.fetch_add(1, Ordering::AcqRel);
+        Some(Lease(Arc::clone(free)))
+    }
+}
+
+impl Pool {
+    pub(super) fn start(
+        hosts: Arc<dyn HostLinks>,
+        replicas: Option<Arc<dyn ReplicaLinks>>,
+        options: PoolOptions,
+    ) -> Arc<Self> {
+        let pool = Arc::new(Self {
+            hosts,
+            replicas,
+            options,
+            slots: Mutex::default(),
+        });
+        // One timer for all: a task for each of ten thousand hosts would cost more than it saves.
+        tokio::spawn(sweep(Arc::downgrade(&pool), options.idle));
+        pool
+    }
+
+    pub(super) fn connections(&self) -> usize {
+        let slots: Vec<_> = self.slots.lock().values().cloned().collect();
+        slots
+            .iter()
+            .map(|slot| {
+                let mut connections = slot.connections.lock();
+                connections.retain(|one| !one.sender.is_closed());
+                connections.len()
+            })
+            .sum()
+    }
+
+    /// Sends a call and waits for the head of its answer.
+    pub(super) async fn send(
+        &self,
+        onward: &Onward<'_>,
+        mut request: Request<Body>,
+    ) -> Result<(Response<Incoming>, Lease)> {
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            let lease = self.lease(onward).await?;
+            let mut sender = lease.0.sender.clone();
+            let mut failed = match sender.try_send_request(request).await {
+                Ok(response) => return Ok((response, lease)),
+                Err(failed) => failed,
+            };
+            match failed.take_message() {
+                // It ended between the look and the call, and nothing was sent.
+                Some(unsent) if attempts < 3 => request = unsent,
+                _ => {
+                    let error = failed.into_error();
+                    let lost = lease.is_lost(&error);
+                    return Err(broken_off(onward.host_name, lost, causes(&error)));
+                }
+            }
+        }
+    }
+
+    async fn lease(&self, onward: &Onward<'_>) -> Result<Lease> {
+        let slot = {
+            let mut slots = self.slots.lock();
+            Arc::clone(slots.entry(onward.target.clone()).or_default())
+        };
+        if let Some(lease) = slot.pick(self.options.most_calls) {
+            return Ok(lease);
+        }
+        let _opening = slot.opening.lock().await;
+        // Another call may have opened one meanwhile.
+        if let Some(lease) = slot.pick(self.options.most_calls) {
+            return Ok(lease);
+        }
+        if slot.connections.lock().len() >= self.options.most_connections {
+            return Err(Error::new(
+                ErrorCode::TooManyRequests,
+                format!("too many calls to the host {} at once", onward.host_name),
+            )
+            .because(format!(
+                "{} run",
+                self.options.most_calls * self.options.most_connections
+            ))
+            .hint("try again in a moment")
+            .retry_after(Duration::from_secs(1)));
+        }
+        let opened = tokio::time::timeout(self.options.opening, self.open(onward));
+        let sender = opened.await.map_err(|_| {
+            Error::new(
+                ErrorCode::HostOffline,
+                format!("the host {} does not answer", onward.host_name),
+            )
+            .because("its link takes no new streams")
+            .retry_after(Duration::from_secs(5))
+        })??;
+        let connection = Arc::new(Connection {
+            sender,
+            calls: AtomicUsize::new(1),
+            idle_since: Mutex::new(Instant::now()),
+        });
+        slot.connections.lock().push(Arc::clone(&connection));
+        Ok(Lease(connection))
+    }
+
+    async fn open(&self, onward: &Onward<'_>) -> Result<SendRequest<Body>> {
+        let stream: Box<dyn ByteStream> = match &onward.target {
+            Target::Host(host) => self.hosts.open(*host).await?,
+            Target::Replica { name, address } => {
+                let replicas = self.replicas.as_ref().ok_or_else(|| {
+                    Error::new(
+                        ErrorCode::HostOffline,
+                        format!("the host {} is linked to another replica", onward.host_name),
+                    )
+                    .because(format!("this one has no way to {name}"))
+                })?;
+                let replica = Replica {
+                    name: name.clone(),
+                    address: address.clone(),
+                    since: ghost_domain::Timestamp::default(),
+                };
+                replicas.open(&replica).await?
+            }
+        };
+        let (sender, connection) = Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(self.options.stream_window)
+            .initial_connection_window_size(self.options.connection_window)
+            // What is written to a slow host waits here, beside the window that the host gives.
+            .max_send_buf_size(64 * 1024)
+            .handshake(TokioIo::new(stream))
+            .await
+            .map_err(|error| broken_off(onward.host_name, true, causes(&error)))?;
+        tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                tracing::debug!(error = causes(&error), "a connection to a host ended");
+            }
+        });
+        Ok(sender)
+    }
+
+    /// Drops what nobody used for a while, and what is broken.
+    fn drop_idle(&self) {
+        let now = Instant::now();
+        self.slots.lock().retain(|_, slot| {
+            let mut connections = slot.connections.lock();
+            connections.retain(|one| {
+                let unused = one.calls.load(Ordering::Acquire) == 0
+                    && now.duration_since(*one.idle_since.lock()) >= self.options.idle;
+                !unused && !one.sender.is_closed()
+            });
+            // Somebody who is about to open one holds the slot too.
+            !connections.is_empty() || Arc::strong_count(slot) > 1
+        });
+    }
+}
+
+/// Looks for idle connections until the pool is gone.
+async fn sweep(pool: Weak<Pool>, idle: Duration) {
+    let every = (idle / 4).max(Duration::from_millis(10));
+    loop {
+        tokio::time::sleep(every).await;
+        let Some(pool) = pool.upgrade() else {
+            return;
+        };
+        pool.drop_idle();
+    }
+}

@@ -1,0 +1,4 @@
+//! Core from outside: one binary for all integration tests.
+
+mod agent;
+mod route;
