@@ -27,7 +27,7 @@ fn is_unsafe(character: char) -> bool {
 }
 
 /// At most `most` bytes of a text, unsafe characters replaced by U+FFFD.
-pub(super) fn text(text: &str, most: usize) -> String {
+pub fn text(text: &str, most: usize) -> String {
     let mut clean = String::with_capacity(text.len().min(most));
     for character in text.chars() {
         let character = if is_unsafe(character) {

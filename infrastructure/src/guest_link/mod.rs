@@ -43,6 +43,7 @@ use parking_lot::RwLock;
 use tokio::runtime::Handle;
 
 pub(crate) use program::missing as missing_program;
+pub use clean::text as clean_text;
 pub use program::{GuestProgram, MOST_PROGRAM_BYTES, PROGRAM_NAME};
 
 use events::Broadcast;

@@ -1,0 +1,585 @@
+//! Where hosts come in: their links, their queues of commands, and what they say of themselves.
+//!
+//! ```text
+//! listener ──stream of a host's link──> Desk::serve ─> admission ─> Session ──hello … goodbye
+//!                                          │                           │
+//!                  Links (one a host) <────┘        HostWriter, Keeper ┴──> Fleet ─> FleetStore
+//! ```
+//!
+//! - One link a host: the newest one counts, on whichever replica ([`Ownership`]).
+//! - An identity that is used by two machines is noticed and locked: where an agent that was
+//!   replaced by another start of the agent comes back, both of them run.
+//! - Writes are gathered ([`writer`]), so that all hosts can come at once.
+
+mod commands;
+mod keeper;
+mod links;
+mod messages;
+mod session;
+#[cfg(test)]
+mod tests;
+mod writer;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use ghost_domain::fleet::FleetFacts;
+use ghost_domain::{Error, ErrorCode, HostId, Result, TenantName};
+use parking_lot::Mutex;
+use tokio_util::sync::CancellationToken;
+
+pub use commands::{CommandRequest, Commands};
+pub use links::{LinkInfo, LinkTransport};
+pub use messages::{
+    ControlReader, ControlWriter, FromHost, Goodbye, HostHeartbeat, HostHello, HostLinkFacts,
+    ToHost, Welcome,
+};
+pub use session::Digest;
+
+use self::keeper::Keeper;
+use self::links::{Link, Links};
+use self::session::{End, Session};
+use self::writer::HostWriter;
+use crate::application::fleet::Fleet;
+use crate::application::links::{ByteStream, HostLinks};
+use crate::domain::{HostLife, HostRecord, Ownership, Record, RecordKey, Replica};
+
+/// A side that hears nothing for so many pings gives the link up.
+const MISSED_PINGS: u32 = 3;
+/// How long a host may take to say hello.
+const HELLO_TIME: Duration = Duration::from_secs(10);
+/// How long a stream to a host may take to be opened.
+const OPEN_TIME: Duration = Duration::from_secs(10);
+/// Starts of an agent that are remembered of each host.
+const KNOWN_INSTANCES: usize = 4;
+
+/// What the composition root decides.
+#[derive(Clone, Debug)]
+pub struct DeskOptions {
+    /// This replica.
+    pub replica: Replica,
+    /// Core's version.
+    pub version: String,
+    /// The oldest and newest versions of the control stream.
+    pub protocol: (u32, u32),
+    /// How often hosts report.
+    pub heartbeat_interval: Duration,
+    /// How often each side sends a ping.
+    pub ping_interval: Duration,
+    /// The digest over a host's VMs.
+    pub digest: Digest,
+}
+
+/// Whom a link's certificate named.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostPeer {
+    /// The tenant.
+    pub tenant: TenantName,
+    /// The host.
+    pub host: HostId,
+    /// The certificate's generation.
+    pub generation: u64,
+    /// SHA-256 of its public key.
+    pub key_hash: [u8; 32],
+}
+
+/// What the desk has counted since it began.
+#[derive(Debug, Default)]
+pub struct Counters {
+    heartbeats: AtomicU64,
+    links: AtomicU64,
+    refused: AtomicU64,
+}
+
+impl Counters {
+    fn heartbeat(&self) {
+        self.heartbeats.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Heartbeats that came.
+    pub fn heartbeats(&self) -> u64 {
+        self.heartbeats.load(Ordering::Relaxed)
+    }
+
+    /// Links that came to be.
+    pub fn links(&self) -> u64 {
+        self.links.load(Ordering::Relaxed)
+    }
+
+    /// Links that were refused.
+    pub fn refused(&self) -> u64 {
+        self.refused.load(Ordering::Relaxed)
+    }
+}
+
+/// The links of this replica, and the queues of commands.
+pub struct Desk {
+    fleet: Arc<Fleet>,
+    options: DeskOptions,
+    links: Links,
+    writer: HostWriter,
+    commands: Commands,
+    keeper: Keeper,
+    counters: Counters,
+    instances: Mutex<HashMap<HostId, Vec<String>>>,
+    /// Set once no link is taken any more: what those that come are told.
+    closing: Mutex<Option<Goodbye>>,
+    stop: CancellationToken,
+}
+
+impl std::fmt::Debug for Desk {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Desk")
+            .field("replica", &self.options.replica.name)
+            .field("links", &self.links.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for Desk {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+impl Desk {
+    /// Makes this replica known and begins to look after the queues.
+    ///
+    /// # Errors
+    /// `StoreUnavailable`.
+    pub async fn start(fleet: Arc<Fleet>, options: DeskOptions) -> Result<Arc<Self>> {
+        fleet.set_intervals(options.ping_interval, options.heartbeat_interval);
+        let replica = options.replica.clone();
+        fleet
+            .transact(|state| {
+                let mut draft = state.draft();
+                let key = RecordKey::Replica(replica.name.clone());
+                draft.put(key, Record::Replica(replica.clone()));
+                Ok(draft.done(()))
+            })
+            .await?;
+        let writer = HostWriter::start(Arc::clone(&fleet));
+        let stop = CancellationToken::new();
+        let desk = Arc::new(Self {
+            commands: Commands::new(Arc::clone(&fleet), writer.clone()),
+            fleet,
+            options,
+            links: Links::default(),
+            writer,
+            keeper: Keeper::default(),
+            counters: Counters::default(),
+            instances: Mutex::default(),
+            closing: Mutex::new(None),
+            stop: stop.clone(),
+        });
+        keeper::start(&desk, stop);
+        Ok(desk)
+    }
+
+    /// The queues of commands.
+    pub const fn commands(&self) -> &Commands {
+        &self.commands
+    }
+
+    /// What was counted.
+    pub const fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// How many links there are.
+    pub fn link_count(&self) -> usize {
+        self.links.len()
+    }
+
+    /// What is known of a host's link, where it is here.
+    pub fn link_info(&self, host: HostId) -> Option<LinkInfo> {
+        self.links.get(host).map(|link| link.info())
+    }
+
+    /// Speaks with a host on the control stream of its link, until the link ends.
+    pub async fn serve<R: ControlReader, W: ControlWriter>(
+        self: &Arc<Self>,
+        peer: HostPeer,
+        transport: Arc<dyn LinkTransport>,
+        mut reader: R,
+        mut writer: W,
+    ) {
+        let host = peer.host;
+        let begun = self.begin(&peer, &transport, &mut reader).await;
+        let (link, welcome) = match begun {
+            Ok(begun) => begun,
+            Err(goodbye) => {
+                self.counters.refused.fetch_add(1, Ordering::Relaxed);
+                tracing::info!(%host, code = goodbye.code, message = goodbye.message, "a link was refused");
+                if writer.queue(ToHost::Goodbye(goodbye)).is_ok() {
+                    let _ = tokio::time::timeout(HELLO_TIME, writer.flush()).await;
+                }
+                transport.close("the host was refused");
+                return;
+            }
+        };
+        let live = self.fleet.live(host);
+        let clock = self.fleet.clock();
+        live.set_linked(true);
+        live.heard(clock.monotonic(), clock.now());
+        self.counters.links.fetch_add(1, Ordering::Relaxed);
+        tracing::info!(%host, carrier = link.info().carrier, "a host is linked");
+        let end = match writer.queue(ToHost::Welcome(welcome)) {
+            Ok(()) => {
+                let session = Session::new(
+                    Arc::clone(self),
+                    Arc::clone(&link),
+                    live,
+                    peer.tenant,
+                    reader,
+                    writer,
+                );
+                // Its parts are as large as a heartbeat; idle, it should take no more than it needs.
+                Box::pin(session.run()).await
+            }
+            Err(error) => End::Broken(error),
+        };
+        link.left();
+        transport.close(&end.to_string());
+        tracing::info!(%host, reason = %end, "a link ended");
+        self.ended(&link).await;
+    }
+
+    /// From the hello to the records: whether the host comes in.
+    async fn begin<R: ControlReader>(
+        &self,
+        peer: &HostPeer,
+        transport: &Arc<dyn LinkTransport>,
+        reader: &mut R,
+    ) -> Result<(Arc<Link>, Welcome), Goodbye> {
+        let refused = |message: String| Goodbye::new("protocol_error", message);
+        let hello = match tokio::time::timeout(HELLO_TIME, reader.next()).await {
+            Err(_) => return Err(refused("no hello came".into())),
+            Ok(Err(error)) => return Err(refused(error.to_string())),
+            Ok(Ok(Some(FromHost::Hello(hello)))) => hello,
+            Ok(Ok(_)) => return Err(refused("a link begins with a hello".into())),
+        };
+        if let Some(goodbye) = self.closing.lock().clone() {
+            return Err(goodbye);
+        }
+        let (oldest, newest) = self.options.protocol;
+        if hello.protocol_version < oldest {
+            return Err(Goodbye::new(
+                "unsupported_version",
+                format!(
+                    "this Core speaks versions {oldest} to {newest} of the control stream, the host {}",
+                    hello.protocol_version
+                ),
+            )
+            .retry_after(Duration::from_secs(300)));
+        }
+        // Before anything is replaced or written.
+        self.fleet
+            .read(|state| admission(state.host(peer.host).map(AsRef::as_ref), peer))?;
+        if self.was_cloned(peer.host, &hello.instance) {
+            let reason = "two machines use this host's identity at the same time";
+            self.lock(peer.host, reason).await;
+            return Err(Goodbye::new("cloned_identity", reason));
+        }
+        let link = Arc::new(Link::new(
+            peer.host,
+            Arc::clone(transport),
+            LinkInfo {
+                carrier: hello.carrier.clone(),
+                direct_addresses: hello.direct_addresses.clone(),
+                facts: HostLinkFacts::default(),
+            },
+        ));
+        self.links.enter(&link).await;
+        if let Err(goodbye) = self.attach(peer, &hello, &link).await {
+            link.left();
+            self.links.leave(&link);
+            return Err(goodbye);
+        }
+        let (core_id, epoch) = self
+            .fleet
+            .read(|state| (state.core_id().to_owned(), state.epoch()));
+        let welcome = Welcome {
+            protocol_version: hello.protocol_version.min(newest),
+            core_version: self.options.version.clone(),
+            core_id,
+            replica: self.options.replica.name.clone(),
+            epoch,
+            heartbeat_interval: self.options.heartbeat_interval,
+            ping_interval: self.options.ping_interval,
+        };
+        Ok((link, welcome))
+    }
+
+    /// Records whose link the host has, and what it said in its hello.
+    async fn attach(&self, peer: &HostPeer, hello: &HostHello, link: &Link) -> Result<(), Goodbye> {
+        let now = self.fleet.clock().now();
+        let ownership = Ownership {
+            host: peer.host,
+            replica: self.options.replica.name.clone(),
+            link: link.number,
+            since: now,
+        };
+        let (peer, hello) = (peer.clone(), hello.clone());
+        let attached = self
+            .writer
+            .change(peer.host, move |state, draft| {
+                let record = state.host(peer.host);
+                if let Err(goodbye) = admission(record.map(AsRef::as_ref), &peer) {
+                    return Ok(Err(goodbye));
+                }
+                if let Some(record) = record {
+                    let used_newest = peer.generation == record.certificate_generation;
+                    // Core's records may have gone back behind what the host has taken. What a host
+                    // makes up here can use up nothing but its own numbers.
+                    let taken = hello.command_generation.min(u64::MAX / 2);
+                    draft.put_host(HostRecord {
+                        agent_version: hello.agent_version.clone(),
+                        permissions: hello.permissions,
+                        facts: hello.facts.clone(),
+                        previous_key_hash: record.previous_key_hash.filter(|_| !used_newest),
+                        last_heard_at: Some(now),
+                        command_generation: record.command_generation.max(taken),
+                        ..HostRecord::clone(record)
+                    });
+                }
+                draft.put(
+                    RecordKey::Owner(peer.host),
+                    Record::Owner(ownership.clone()),
+                );
+                Ok(Ok(()))
+            })
+            .await;
+        attached.unwrap_or_else(|error| {
+            tracing::warn!(host = %link.host, %error, "a link cannot be recorded");
+            Err(
+                Goodbye::new("shutting_down", "Core cannot keep records at the moment")
+                    .retry_after(jittered(Duration::from_secs(4))),
+            )
+        })
+    }
+
+    /// The end of a link in memory and in the records, as far as no newer one took its place.
+    async fn ended(&self, link: &Link) {
+        let host = link.host;
+        let live = self.fleet.live(host);
+        if self.links.leave(link) {
+            live.set_linked(false);
+        }
+        self.keeper.dirty(host);
+        let (number, heard_at) = (link.number, live.heard_at());
+        let written = self
+            .writer
+            .change(host, move |state, draft| {
+                if state.owner(host).is_some_and(|owner| owner.link == number) {
+                    draft.delete(RecordKey::Owner(host));
+                }
+                if let Some(record) = state.host(host)
+                    && record.last_heard_at < heard_at
+                {
+                    draft.put_host(HostRecord {
+                        last_heard_at: heard_at,
+                        ..HostRecord::clone(record)
+                    });
+                }
+                Ok(())
+            })
+            .await;
+        if let Err(error) = written {
+            tracing::warn!(%host, %error, "the end of a link cannot be recorded");
+        }
+    }
+
+    /// Facts that changed within a link.
+    fn facts_changed(self: &Arc<Self>, host: HostId, facts: FleetFacts) {
+        let known = self
+            .fleet
+            .read(|state| state.host(host).is_some_and(|record| record.facts == facts));
+        if known {
+            return;
+        }
+        let desk = Arc::clone(self);
+        tokio::spawn(async move {
+            let written = desk
+                .writer
+                .change(host, move |state, draft| {
+                    if let Some(record) = state.host(host) {
+                        draft.put_host(HostRecord {
+                            facts: facts.clone(),
+                            ..HostRecord::clone(record)
+                        });
+                    }
+                    Ok(())
+                })
+                .await;
+            if let Err(error) = written {
+                tracing::warn!(%host, %error, "a host's facts cannot be stored");
+            }
+        });
+    }
+
+    /// Whether an agent comes back that another start of the agent had replaced: then both run. A
+    /// restart is a new start, and one that only lost its connection is still the newest.
+    fn was_cloned(&self, host: HostId, instance: &str) -> bool {
+        let mut all = self.instances.lock();
+        let known = all.entry(host).or_default();
+        match known.iter().position(|one| one == instance) {
+            Some(at) => at + 1 != known.len(),
+            None => {
+                if known.len() >= KNOWN_INSTANCES {
+                    known.remove(0);
+                }
+                known.push(instance.to_owned());
+                false
+            }
+        }
+    }
+
+    async fn lock(&self, host: HostId, reason: &str) {
+        tracing::warn!(%host, reason, "a host is locked");
+        // After its owner decided, both machines are strangers again.
+        self.instances.lock().remove(&host);
+        let (now, reason) = (self.fleet.clock().now(), reason.to_owned());
+        let written = self
+            .writer
+            .change(host, move |state, draft| {
+                if let Some(record) = state.host(host)
+                    && record.life == HostLife::Active
+                {
+                    draft.put_host(HostRecord {
+                        life: HostLife::Locked {
+                            since: now,
+                            reason: reason.clone(),
+                        },
+                        ..HostRecord::clone(record)
+                    });
+                }
+                Ok(())
+            })
+            .await;
+        if let Err(error) = written {
+            tracing::error!(%host, %error, "a host that should be locked cannot be");
+        }
+    }
+
+    /// Takes no more links, and says goodbye to all there are. Hosts come back spread over `spread`.
+    pub async fn drain(&self, code: &'static str, message: &str, spread: Duration) {
+        *self.closing.lock() =
+            Some(Goodbye::new(code, message).retry_after(jittered(Duration::from_secs(2))));
+        let links = self.links.all();
+        for link in &links {
+            let goodbye = Goodbye::new(code, message)
+                .retry_after(spread.mul_f64(rand::random_range(0.05..=1.0)));
+            link.cut.tell(goodbye);
+        }
+        let gone = async {
+            while self.links.len() > 0 {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        if tokio::time::timeout(Duration::from_secs(5), gone)
+            .await
+            .is_err()
+        {
+            for link in self.links.all() {
+                link.transport.close(message);
+            }
+        }
+        self.keeper.keep(&self.fleet).await;
+    }
+}
+
+fn jittered(length: Duration) -> Duration {
+    length.mul_f64(rand::random_range(0.5..=1.5))
+}
+
+/// Whether a host's certificate lets it in, by its record.
+fn admission(record: Option<&HostRecord>, peer: &HostPeer) -> Result<(), Goodbye> {
+    let unknown = || {
+        Err(Goodbye::new(
+            "unknown_host",
+            "this Core does not know this host",
+        ))
+    };
+    let Some(record) = record else {
+        return unknown();
+    };
+    if record.tenant != peer.tenant {
+        return unknown();
+    }
+    match &record.life {
+        HostLife::Active => {}
+        HostLife::Revoked { .. } => return Err(Goodbye::new("revoked", "this host was revoked")),
+        HostLife::Locked { reason, .. } => {
+            return Err(Goodbye::new("cloned_identity", reason));
+        }
+    }
+    let newest =
+        peer.generation == record.certificate_generation && peer.key_hash == record.key_hash;
+    // The host may never have seen the answer to its last renewal.
+    let before = peer.generation.checked_add(1) == Some(record.certificate_generation)
+        && Some(peer.key_hash) == record.previous_key_hash;
+    if newest || before {
+        return Ok(());
+    }
+    Err(Goodbye::new(
+        "cloned_identity",
+        format!(
+            "this host's certificate number {} was followed by number {}, which is in use",
+            peer.generation, record.certificate_generation
+        ),
+    ))
+}
+
+#[async_trait]
+impl HostLinks for Desk {
+    async fn open(&self, host: HostId) -> Result<Box<dyn ByteStream>> {
+        let Some(link) = self.links.get(host) else {
+            return Err(self.offline(host));
+        };
+        match tokio::time::timeout(OPEN_TIME, link.transport.open()).await {
+            Ok(opened) => opened,
+            Err(_) => Err(self
+                .offline(host)
+                .because("its link takes no new stream within 10 s")),
+        }
+    }
+
+    fn has(&self, host: HostId) -> bool {
+        self.links.get(host).is_some()
+    }
+
+    fn round_trip(&self, host: HostId) -> Option<Duration> {
+        self.fleet.host_view(host)?.round_trip
+    }
+
+    fn cut(&self, host: HostId, code: &'static str, message: &str) {
+        if let Some(link) = self.links.get(host) {
+            link.cut.tell(Goodbye::new(code, message));
+        }
+    }
+}
+
+impl Desk {
+    fn offline(&self, host: HostId) -> Error {
+        let view = self.fleet.host_view(host);
+        let name = view
+            .as_ref()
+            .map_or_else(|| host.to_string(), |view| view.record.name.to_string());
+        let now = self.fleet.clock().now();
+        let since = match view.and_then(|view| view.last_heard_at) {
+            Some(at) => format!("it was last heard {} s ago", now.since(at).as_secs()),
+            None => "it has never come".into(),
+        };
+        Error::new(
+            ErrorCode::HostOffline,
+            format!("the host {name} is offline"),
+        )
+        .because(since)
+        .hint("it comes back by itself; a command can wait for it: ghostctl --queue")
+        .retry_after(Duration::from_secs(5))
+    }
+}

@@ -1,0 +1,372 @@
+mod crashes;
+mod queues;
+mod support;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ghost_domain::{ErrorCode, TenantName};
+
+use super::*;
+use crate::infrastructure::store::{MemoryStore, SharedMemory};
+use support::*;
+
+#[tokio::test(start_paused = true)]
+async fn a_host_that_says_hello_is_online_and_its_vms_are_known() {
+    let core = core(MemoryStore::new(), "core-1").await.unwrap();
+    let host = core.add_host().await;
+    assert_eq!(core.state(host), "never_seen");
+    let error = core.desk.open(host).await.err().unwrap();
+    assert_eq!(error.code(), ErrorCode::HostOffline);
+    let mut link = core.link(peer(host));
+    link.hello("a");
+    let Some(ToHost::Welcome(welcome)) = link.next().await else {
+        panic!("no welcome");
+    };
+    assert_eq!((welcome.epoch, welcome.replica.as_str()), (1, "core-1"));
+    assert_eq!(core.state(host), "online");
+    assert!(core.desk.has(host) && core.desk.open(host).await.is_ok());
+    link.say(beat(1, true, vec![vm(1, "web")], 103));
+    assert!(matches!(
+        link.next().await,
+        Some(ToHost::HeartbeatReply {
+            sequence: 1,
+            want_full: false,
+            ..
+        })
+    ));
+    assert_eq!(core.fleet.inventory(host).unwrap().vms.len(), 1);
+    let record = core.fleet.read(|state| state.host(host).cloned()).unwrap();
+    assert_eq!(record.agent_version, "1.2.3");
+    assert_eq!(
+        record.previous_key_hash, None,
+        "the newest certificate was used"
+    );
+
+    link.say(FromHost::Goodbye {
+        code: "shutting_down".into(),
+        message: String::new(),
+    });
+    link.served.await.unwrap();
+    assert_eq!(core.state(host), "offline");
+    assert_eq!(core.owner(host), None);
+    // What it said is stored, though it said it a moment before it went.
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    let stored = core.fleet.read(|state| state.inventory(host).cloned());
+    assert_eq!(stored.unwrap().vms.len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_newer_link_replaces_the_older() {
+    let core = core(MemoryStore::new(), "core-1").await.unwrap();
+    let host = core.add_host().await;
+    let mut first = core.linked(host).await;
+    let owner = core.owner(host);
+    let mut second = core.linked(host).await;
+    assert_eq!(first.goodbye().await, "replaced");
+    first.served.await.unwrap();
+    assert!(core.owner(host).is_some() && core.owner(host) != owner);
+    second.say(beat(1, true, vec![], 0));
+    assert!(matches!(
+        second.next().await,
+        Some(ToHost::HeartbeatReply { .. })
+    ));
+    assert_eq!(core.desk.link_count(), 1);
+    assert_eq!(core.state(host), "online");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_link_to_another_replica_takes_the_host_over() {
+    let shared = Arc::new(SharedMemory::default());
+    let one = core(MemoryStore::shared(&shared), "core-1").await.unwrap();
+    let two = core(MemoryStore::shared(&shared), "core-2").await.unwrap();
+    let host = one.add_host().await;
+    let mut first = one.linked(host).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let _second = two.linked(host).await;
+    assert_eq!(first.goodbye().await, "replaced");
+    first.served.await.unwrap();
+    let owner = two.fleet.read(|state| state.owner(host).cloned()).unwrap();
+    assert_eq!(owner.replica, "core-2");
+    assert!(!one.desk.has(host) && two.desk.has(host));
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_may_not_come_in_is_told_why() {
+    let core = core(MemoryStore::new(), "core-1").await.unwrap();
+    let host = core.add_host().await;
+    let refused = async |peer: HostPeer| {
+        let mut link = core.link(peer);
+        link.hello("a");
+        let code = link.goodbye().await;
+        link.served.await.unwrap();
+        code
+    };
+    let known = peer(host);
+    let stranger = HostPeer {
+        host: HostId::random(),
+        ..known.clone()
+    };
+    assert_eq!(refused(stranger).await, "unknown_host");
+    let other = HostPeer {
+        tenant: TenantName::new("widgets").unwrap(),
+        ..known.clone()
+    };
+    assert_eq!(refused(other).await, "unknown_host");
+    // Another key of the same generation, and one whose successor is in use.
+    let copied = HostPeer {
+        key_hash: [9; 32],
+        ..known.clone()
+    };
+    assert_eq!(refused(copied).await, "cloned_identity");
+    let before = HostPeer {
+        generation: 2,
+        key_hash: [2; 32],
+        ..known.clone()
+    };
+    let mut link = core.link(before.clone());
+    link.hello("a");
+    assert!(
+        matches!(link.next().await, Some(ToHost::Welcome(_))),
+        "its renewal was not answered"
+    );
+    let _newest = core.linked(host).await;
+    assert_eq!(refused(before).await, "cloned_identity");
+    core.change_host(host, |record| {
+        record.life = HostLife::Revoked {
+            since: ghost_domain::Timestamp::default(),
+        };
+    })
+    .await;
+    assert_eq!(refused(known).await, "revoked");
+    assert_eq!(core.desk.counters().refused(), 5);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_link_ends_when_its_host_is_revoked_or_removed() {
+    let core = core(MemoryStore::new(), "core-1").await.unwrap();
+    let host = core.add_host().await;
+    let mut link = core.linked(host).await;
+    core.change_host(host, |record| {
+        record.life = HostLife::Revoked {
+            since: ghost_domain::Timestamp::default(),
+        };
+    })
+    .await;
+    assert_eq!(link.goodbye().await, "revoked");
+    let host = core.add_host().await;
+    let mut link = core.linked(host).await;
+    core.fleet
+        .transact(|state| {
+            let mut draft = state.draft();
+            draft.delete(RecordKey::Host(host));
+            Ok(draft.done(()))
+        })
+        .await
+        .unwrap();
+    assert_eq!(link.goodbye().await, "revoked");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_identity_on_two_machines_is_locked() {
+    let core = core(MemoryStore::new(), "core-1").await.unwrap();
+    let host = core.add_host().await;
+    let enter = async |instance: &str| {
+        let mut link = core.link(peer(host));
+        link.hello(instance);
+        match link.next().await {
+            Some(ToHost::Welcome(_)) => "welcome",
+            Some(ToHost::Goodbye(goodbye)) => goodbye.code,
+            other => panic!("{other:?}"),
+        }
+    };
+    // It loses its link again and again, it restarts: all of that is one machine.
+    for instance in ["a", "a", "b", "b", "c", "c"] {
+        assert_eq!(enter(instance).await, "welcome", "{instance}");
+    }
+    // The start before the last one is still alive.
+    assert_eq!(enter("b").await, "cloned_identity");
+    assert_eq!(enter("c").await, "cloned_identity");
+    assert_eq!(core.state(host), "locked");
+    core.change_host(host, |record| record.life = HostLife::Active)
+        .await;
+    assert_eq!(enter("c").await, "welcome");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_difference_in_what_is_known_asks_for_all_and_never_for_ever() {
+    let core = core(MemoryStore::new(), "core-1").await.unwrap();
+    let host = core.add_host().await;
+    let mut link = core.linked(host).await;
+    let mut wants = async |message| {
+        link.say(message);
+        match link.next().await {
+            Some(ToHost::HeartbeatReply { want_full, .. }) => want_full,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert!(
+        wants(beat(1, false, vec![vm(1, "a")], 101)).await,
+        "a change of nothing"
+    );
+    assert!(!wants(beat(2, true, vec![vm(1, "a")], 101)).await);
+    assert!(!wants(beat(3, false, vec![], 101)).await);
+    assert!(!wants(beat(4, false, vec![vm(2, "bb")], 203)).await);
+    assert!(
+        wants(beat(5, false, vec![], 999)).await,
+        "nothing changed, and yet"
+    );
+    assert!(
+        wants(beat(6, false, vec![vm(3, "c")], 304)).await,
+        "until a full one comes"
+    );
+    // A host whose words we clean has another digest whatever it says: it is asked no more.
+    assert!(!wants(beat(7, true, vec![vm(1, "a")], 7)).await);
+    assert!(!wants(beat(8, false, vec![vm(2, "b")], 8)).await);
+    assert_eq!(core.fleet.inventory(host).unwrap().vms.len(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_host_has_nothing_to_say_of_other_tenants_people() {
+    let core = core(MemoryStore::new(), "core-1").await.unwrap();
+    let host = core.add_host().await;
+    let mut link = core.linked(host).await;
+    let of = |number, owner: &str| ghost_domain::fleet::VmSummary {
+        owner: Some(owner.into()),
+        ..vm(number, "a")
+    };
+    link.say(beat(
+        1,
+        true,
+        vec![of(1, "acme/alice"), of(2, "widgets/bob"), of(3, "root")],
+        303,
+    ));
+    link.next().await;
+    let inventory = core.fleet.inventory(host).unwrap();
+    let owners: Vec<_> = inventory
+        .vms
+        .values()
+        .map(|vm| vm.owner.as_deref())
+        .collect();
+    assert_eq!(owners, [Some("acme/alice"), None, Some("root")]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_silent_link_is_given_up_and_a_live_one_is_not() {
+    let core = core(MemoryStore::new(), "core-1").await.unwrap();
+    let (silent, alive) = (core.add_host().await, core.add_host().await);
+    let mut gone = core.linked(silent).await;
+    let mut link = core.linked(alive).await;
+    let speaking = tokio::spawn(async move { while link.next().await.is_some() {} });
+    let begun = tokio::time::Instant::now();
+    // It reads, and answers nothing.
+    while gone.from_core.recv().await.is_some() {}
+    let took = begun.elapsed();
+    assert!(
+        took >= Duration::from_secs(15) && took <= Duration::from_secs(21),
+        "{took:?}"
+    );
+    assert!(!core.desk.has(silent) && core.desk.has(alive));
+    assert!(core.desk.round_trip(alive).is_some());
+    drop(core);
+    speaking.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_flood_of_messages_is_read_at_our_pace() {
+    let core = core(MemoryStore::new(), "core-1").await.unwrap();
+    let host = core.add_host().await;
+    let mut link = core.linked(host).await;
+    for number in 0..2_000 {
+        link.say(FromHost::Ping(number));
+    }
+    let begun = tokio::time::Instant::now();
+    let mut answered = 0;
+    while answered < 2_000 {
+        if let Some(ToHost::Pong(number)) = link.next().await {
+            assert_eq!(number, answered);
+            answered += 1;
+        }
+    }
+    assert!(
+        begun.elapsed() >= Duration::from_secs(30),
+        "{:?}",
+        begun.elapsed()
+    );
+    assert!(core.desk.has(host));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_breaks_the_protocol_ends_its_own_link() {
+    let core = core(MemoryStore::new(), "core-1").await.unwrap();
+    let host = core.add_host().await;
+    let mut first = core.link(peer(host));
+    first.say(FromHost::Ping(1));
+    assert_eq!(first.goodbye().await, "protocol_error");
+    let mut silent = core.link(peer(host));
+    assert_eq!(silent.goodbye().await, "protocol_error");
+    let mut twice = core.linked(host).await;
+    twice.hello("a");
+    assert_eq!(twice.goodbye().await, "protocol_error");
+    let old = core.link(peer(host));
+    let FromHost::Hello(mut hello) = hello("a", 0) else {
+        panic!()
+    };
+    hello.protocol_version = 0;
+    old.say(FromHost::Hello(hello));
+    let mut old = old;
+    assert_eq!(old.goodbye().await, "unsupported_version");
+}
+
+/// After a restart of Core all hosts come in one moment: each needs two records written.
+#[tokio::test]
+async fn a_thousand_hosts_at_once_are_let_in_by_few_commits() {
+    let store = Dying::at(MemoryStore::new(), usize::MAX, false);
+    let core = core(Arc::clone(&store) as _, "core-1").await.unwrap();
+    let mut hosts = Vec::new();
+    for _ in 0..1_000 {
+        hosts.push(core.add_host().await);
+    }
+    let before = store.commits.load(std::sync::atomic::Ordering::SeqCst);
+    let linked = futures::future::join_all(hosts.iter().map(|host| core.linked(*host)));
+    let links = linked.await;
+    let commits = store.commits.load(std::sync::atomic::Ordering::SeqCst) - before;
+    assert!(
+        commits <= 100,
+        "{commits} commits for {} hosts",
+        links.len()
+    );
+    assert_eq!(core.desk.link_count(), 1_000);
+    assert!(hosts.iter().all(|host| core.owner(*host).is_some()));
+
+    core.desk
+        .drain("shutting_down", "a test ends", Duration::from_secs(10))
+        .await;
+    for mut link in links {
+        assert_eq!(link.goodbye().await, "shutting_down");
+    }
+    assert_eq!(core.desk.link_count(), 0);
+    let mut late = core.link(peer(hosts[0]));
+    late.hello("a");
+    assert_eq!(late.goodbye().await, "shutting_down");
+}
+
+/// A store that takes no writes must not make links look dead, and hosts come in once it does again.
+#[tokio::test(start_paused = true)]
+async fn links_outlive_a_store_that_is_away() {
+    let store = MemoryStore::new();
+    let core = core(Arc::clone(&store) as _, "core-1").await.unwrap();
+    let host = core.add_host().await;
+    let mut link = core.linked(host).await;
+    store.set_unreachable(true);
+    link.say(beat(1, true, vec![vm(1, "a")], 101));
+    assert!(matches!(
+        link.next().await,
+        Some(ToHost::HeartbeatReply { .. })
+    ));
+    let mut second = core.link(peer(host));
+    second.hello("a");
+    assert_eq!(second.goodbye().await, "shutting_down");
+    store.set_unreachable(false);
+    let _third = core.linked(host).await;
+}
