@@ -396,6 +396,14 @@ enum Work {
     Kept(u64),
 }
 
+impl Drop for Life<'_> {
+    fn drop(&mut self) {
+        if self.beats.is_under_way() {
+            self.context.handler.heartbeat_ended(false);
+        }
+    }
+}
+
 struct Life<'a> {
     context: &'a Context,
     handle: &'a TunnelHandle,
@@ -613,7 +621,9 @@ impl<'a> Life<'a> {
                 }
             }
             Kind::HeartbeatReply(reply) => {
-                self.beats.answered(reply.sequence, reply.want_full);
+                if self.beats.answered(reply.sequence, reply.want_full) {
+                    self.context.handler.heartbeat_ended(true);
+                }
                 if reply.want_full {
                     self.due = self.due.min(self.last_beat + FULL_AGAIN);
                 }
@@ -684,6 +694,9 @@ impl<'a> Life<'a> {
                     connects: self.context.connects,
                     last_loss: self.context.last_loss.clone(),
                 };
+                if self.beats.is_under_way() {
+                    self.context.handler.heartbeat_ended(false);
+                }
                 let beat = self.beats.next(&report, link, self.context.clock.now());
                 queue(writer, Kind::Heartbeat(beat))
             }

@@ -47,13 +47,16 @@ impl Heartbeats {
         self.under_way = None;
     }
 
-    /// Core answered.
-    pub(super) fn answered(&mut self, sequence: u64, want_full: bool) {
+    /// Core answered. Says whether that was the one that is under way.
+    pub(super) fn answered(&mut self, sequence: u64, want_full: bool) -> bool {
+        let answered = self.under_way.take_if(|(sent, _)| *sent == sequence);
+        let is_answer = answered.is_some();
         if want_full {
             self.want_full();
-        } else if let Some((_, vms)) = self.under_way.take_if(|(sent, _)| *sent == sequence) {
+        } else if let Some((_, vms)) = answered {
             self.known = Some(vms);
         }
+        is_answer
     }
 
     /// The next heartbeat.

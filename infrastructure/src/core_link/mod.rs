@@ -20,6 +20,7 @@ pub mod direct;
 mod enrol;
 mod heartbeat;
 mod identity;
+pub mod piko;
 mod signals;
 #[cfg(test)]
 mod testing;

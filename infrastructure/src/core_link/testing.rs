@@ -481,6 +481,8 @@ pub(super) struct TestHandler {
     pub(super) states: Mutex<Vec<LinkState>>,
     pub(super) state_new: Notify,
     pub(super) off: AtomicBool,
+    pub(super) answered: AtomicU64,
+    pub(super) lost: AtomicU64,
 }
 
 #[async_trait]
@@ -534,6 +536,12 @@ impl CoreLinkHandler for TestHandler {
 
     async fn outcome_kept(&self, generation: u64) {
         self.kept.lock().push(generation);
+        self.state_new.notify_one();
+    }
+
+    fn heartbeat_ended(&self, answered: bool) {
+        let counter = if answered { &self.answered } else { &self.lost };
+        counter.fetch_add(1, Ordering::SeqCst);
         self.state_new.notify_one();
     }
 

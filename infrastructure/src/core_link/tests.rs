@@ -253,6 +253,9 @@ async fn a_link_tells_what_changes_and_carries_streams() {
     let mut first = [0; 3];
     far.read_exact(&mut first).await.unwrap();
     assert_eq!(&first, b"PRI");
+    host.handler
+        .until(|handler| handler.answered.load(std::sync::atomic::Ordering::SeqCst) > 0)
+        .await;
     let LinkState::Up {
         replica, carrier, ..
     } = host.service.state()
@@ -375,6 +378,8 @@ async fn a_link_that_falls_silent_is_shown_and_given_up() {
         |state| matches!(state, LinkState::Waiting { reason, .. } if reason.contains("nothing came")),
     );
     assert!(silent.is_some() && silent < waiting, "{states:?}");
+    let lost = &host.handler.lost;
+    assert!(lost.load(std::sync::atomic::Ordering::SeqCst) > 0);
     drop((link, again));
     host.end().await;
 }
