@@ -59,6 +59,7 @@ impl FakePiko {
                 let (mut path, mut authorization) = (String::new(), None);
                 let answer = answer.load(Ordering::SeqCst);
                 let _ = told.try_send(answer);
+                #[expect(clippy::result_large_err, reason = "the library's own type")]
                 let callback = |request: &ServerRequest, response: ServerResponse| {
                     path = request.uri().path().to_owned();
                     let header = request.headers().get("authorization");
@@ -70,7 +71,6 @@ impl FakePiko {
                     *refused.status_mut() = StatusCode::from_u16(answer).unwrap();
                     Err(refused)
                 };
-                #[expect(clippy::result_large_err, reason = "the library's own type")]
                 let accepted = tokio_tungstenite::accept_hdr_async(tcp, callback).await;
                 if let Ok(socket) = accepted {
                     let _ = give
@@ -352,7 +352,7 @@ fn options_are_checked_and_endpoints_mapped() {
     for bad in ["", "piko.example", "ftp://x", "http://"] {
         assert!(target(bad).is_err(), "{bad}");
     }
-    assert_eq!(ends_at(&token("x", Duration::ZERO)).is_some(), true);
+    assert!(ends_at(&token("x", Duration::ZERO)).is_some());
     for odd in ["", "a.b.c", "a..c", "a.e30.c"] {
         assert_eq!(ends_at(odd), None, "{odd}");
     }
