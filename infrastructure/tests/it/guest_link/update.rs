@@ -80,14 +80,16 @@ async fn received(guest: &mut Guest, id: &[u8]) -> Vec<u8> {
     }
 }
 
-/// Another process of the agent on the same port greets with the program `sum`.
-async fn comes_back(guest: &mut Guest, channel: &Channel, sum: &[u8], version: &str) {
-    let mut next = channel.accept().await;
-    next.instance = b"another".to_vec();
-    next.program_sha256 = sum.to_vec();
-    next.version = version.to_owned();
-    next.greet().await;
-    *guest = next;
+/// Another process of the agent opens the same port, with the program `sum`: it announces itself and
+/// is greeted anew.
+async fn comes_back(guest: &mut Guest, sum: &[u8], version: &str) {
+    guest.instance = b"another".to_vec();
+    guest.program_sha256 = sum.to_vec();
+    guest.version = version.to_owned();
+    guest.session = Vec::new();
+    let ready = guest.ready();
+    guest.send(Vec::new(), Payload::AgentReady(ready)).await;
+    guest.greet().await;
 }
 
 fn version(host: &Host, vm: VmId) -> String {
@@ -98,12 +100,12 @@ fn version(host: &Host, vm: VmId) -> String {
 #[tokio::test]
 async fn the_new_program_arrives_whole_and_is_waited_for() {
     let host = host(|_| {});
-    let (vm, channel, mut guest, id, updating) = begun(&host).await;
+    let (vm, _channel, mut guest, id, updating) = begun(&host).await;
     let bytes = received(&mut guest, &id).await;
     assert_eq!(Sha256::digest(&bytes)[..], host.sum);
     guest.send(id, Payload::Done(Done {})).await;
     assert!(!updating.is_finished(), "nobody has said hello yet");
-    comes_back(&mut guest, &channel, &host.sum, "9.9.9").await;
+    comes_back(&mut guest, &host.sum, "9.9.9").await;
     within(updating).await.unwrap().unwrap();
     assert_eq!(version(&host, vm), "9.9.9");
     // A guest that has it is left alone.
@@ -164,10 +166,10 @@ async fn last_words_that_are_lost_do_not_fail_an_update_that_took() {
 #[tokio::test]
 async fn an_old_program_that_came_back_is_told() {
     let host = host(|_| {});
-    let (vm, channel, mut guest, id, updating) = begun(&host).await;
+    let (vm, _channel, mut guest, id, updating) = begun(&host).await;
     received(&mut guest, &id).await;
     guest.send(id, Payload::Done(Done {})).await;
-    comes_back(&mut guest, &channel, &[7; 32], "0.1.0").await;
+    comes_back(&mut guest, &[7; 32], "0.1.0").await;
     let error = within(updating).await.unwrap().unwrap_err();
     assert_eq!(error.code(), ErrorCode::GuestFailed, "{error}");
     tokio::spawn(guest.serve());

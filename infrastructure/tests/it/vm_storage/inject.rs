@@ -146,7 +146,7 @@ async fn vendor_data_brings_it_in_beside_the_user() {
 #[tokio::test]
 async fn shells_can_read_the_script() {
     let folder = tempfile::tempdir().unwrap();
-    let (path, _) = program(folder.path(), 100);
+    let (path, _) = program(folder.path(), 200);
     let fixture = Fixture::with_program(GuestProgram::at(path));
     let image = written(&fixture, &seed(GuestInject::Auto, None)).await;
     let script = read(&image, "vendor-data").unwrap();
@@ -191,7 +191,7 @@ async fn without_a_program_auto_does_without_and_always_says_so() {
     let left = fs::read_dir(fixture.storage.seed_path(always.vm).parent().unwrap()).unwrap();
     assert_eq!(left.count(), 0);
     // One that is there and must not be carried is not.
-    let (path, _) = program(folder.path(), 100);
+    let (path, _) = program(folder.path(), 200);
     let fixture = Fixture::with_program(GuestProgram::at(path));
     let image = written(&fixture, &seed(GuestInject::Never, None)).await;
     assert_eq!(read(&image, "ghost-guest"), None);
@@ -219,7 +219,7 @@ async fn cloud_init_itself_finds_both_parts() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
-    let (path, _) = program(folder.path(), 100);
+    let (path, _) = program(folder.path(), 200);
     let fixture = Fixture::with_program(GuestProgram::at(path));
     for (user, kinds) in [
         (

@@ -257,6 +257,42 @@ async fn what_keeps_a_caller_out_has_a_code() {
 }
 
 #[tokio::test]
+async fn the_door_of_one_vm_is_shut_and_opened_by_those_who_may() {
+    let served = Served::running().await;
+    let mut operator = client(&served).await;
+    let switch = |access| message::SetGuestAccessRequest {
+        vm: "web".into(),
+        access,
+    };
+    let confined = served.ca.client(served.world.confined[0]);
+    let mut confined = GuestServiceClient::new(served.remote(Some(confined)).await);
+    let answer = confined.set_access(switch(false)).await.unwrap();
+    assert!(!answer.into_inner().access);
+    let stat = || message::StatGuestFileRequest {
+        vm: "web".into(),
+        path: "/f".into(),
+        follow: false,
+    };
+    let status = operator.stat_file(stat()).await.unwrap_err();
+    assert_eq!(reason(&status), "guest_access_off");
+    let status = confined.set_access(switch(true)).await.unwrap_err();
+    assert_eq!(reason(&status), "permission_denied");
+    let answer = operator.set_access(switch(true)).await.unwrap();
+    assert!(answer.into_inner().access);
+    let status = confined.stat_file(stat()).await.unwrap_err();
+    assert_eq!(reason(&status), "permission_denied");
+    // This host has no program to give.
+    let update = message::UpdateGuestRequest { vm: "web".into() };
+    let status = operator.update_guest(update).await.unwrap_err();
+    assert_eq!(reason(&status), "guest_unsupported");
+    let actions = served.world.audit_actions();
+    assert!(
+        actions.iter().any(|line| line.starts_with("access ok")),
+        "{actions:?}"
+    );
+}
+
+#[tokio::test]
 async fn a_stream_that_does_not_say_what_it_is_about_is_refused() {
     let served = Served::running().await;
     let mut client = client(&served).await;
