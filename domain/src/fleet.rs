@@ -524,6 +524,20 @@ pub enum LinkState {
     },
 }
 
+impl LinkState {
+    /// The stable name.
+    pub const fn as_str(&self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Connecting => "connecting",
+            Self::Up { .. } => "up",
+            Self::Silent { .. } => "silent",
+            Self::Waiting { .. } => "waiting",
+            Self::Refused { .. } => "refused",
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

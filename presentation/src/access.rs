@@ -16,6 +16,15 @@ pub enum Access {
 }
 
 impl Access {
+    /// The least role that a caller needs.
+    pub const fn least_role(self) -> Role {
+        match self {
+            Self::Anyone => Role::Viewer,
+            Self::Role(role) => role,
+            Self::Guests => Role::Operator,
+        }
+    }
+
     /// Whether `principal` may make the call.
     ///
     /// # Errors

@@ -11,13 +11,14 @@ use ghost_domain::{Error, Result, Timestamp};
 use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::transport::server::Connected;
 
 use crate::socket::{LocalPeer, LocalSocket};
+use crate::tunnel::{CoreStream, Duplex};
 
 /// A bound listener.
 #[derive(Debug)]
@@ -28,6 +29,8 @@ pub enum Listener {
     Tls(TcpListener, Arc<ServerConfig>),
     /// TCP without TLS: for loopback, or where the owner insists.
     Plain(TcpListener),
+    /// Streams that Ghost Core opens over this host's link; see [`crate::core_listeners`].
+    Tunnel(mpsc::Receiver<CoreStream>),
 }
 
 /// Reads a client certificate (DER) that TLS has verified. The composition root gives it.
@@ -49,6 +52,8 @@ pub(crate) enum Peer {
     Local(LocalPeer),
     /// Somebody with a client certificate, or one that is none of ours.
     Certificate(Result<PeerCertificate, Error>),
+    /// Ghost Core itself, over this host's link: it says for each call who makes it.
+    Core,
     /// Somebody without.
     Nobody,
 }
@@ -74,7 +79,7 @@ impl Default for ConnectionLimits {
 
 /// Accepts until `stop`, and hands each connection, TLS done, to `serve` in a task of its own.
 pub(crate) async fn accept<F, R>(
-    listener: Listener,
+    mut listener: Listener,
     limits: ConnectionLimits,
     certificates: Option<CertificateReader>,
     stop: CancellationToken,
@@ -88,7 +93,7 @@ pub(crate) async fn accept<F, R>(
         let accepted = tokio::select! {
             biased;
             () = stop.cancelled() => return,
-            accepted = next(&listener) => accepted,
+            accepted = next(&mut listener) => accepted,
         };
         let (raw, address) = match accepted {
             Ok(accepted) => accepted,
@@ -109,7 +114,7 @@ pub(crate) async fn accept<F, R>(
         };
         let tls = match &listener {
             Listener::Tls(_, config) => Some(TlsAcceptor::from(Arc::clone(config))),
-            Listener::Local(_) | Listener::Plain(_) => None,
+            Listener::Local(_) | Listener::Plain(_) | Listener::Tunnel(_) => None,
         };
         let (stop, serve, patience) = (stop.clone(), serve.clone(), limits.handshake);
         let certificates = certificates.clone();
@@ -118,7 +123,7 @@ pub(crate) async fn accept<F, R>(
                 () = stop.cancelled() => return,
                 ready = tokio::time::timeout(patience, establish(raw, tls, certificates)) => ready,
             };
-            let (io, peer) = match ready {
+            let (io, peer, begun) = match ready {
                 Ok(Ok(ready)) => ready,
                 Ok(Err(error)) => {
                     tracing::info!(?address, %error, "a connection was refused in its handshake");
@@ -136,7 +141,7 @@ pub(crate) async fn accept<F, R>(
                 io,
                 peer,
                 address,
-                begun: Vec::new(),
+                begun,
                 cut: None,
                 _permit: permit,
             })
@@ -148,9 +153,10 @@ pub(crate) async fn accept<F, R>(
 enum Raw {
     Local(UnixStream, LocalPeer),
     Tcp(TcpStream),
+    Core(CoreStream),
 }
 
-async fn next(listener: &Listener) -> io::Result<(Raw, Option<SocketAddr>)> {
+async fn next(listener: &mut Listener) -> io::Result<(Raw, Option<SocketAddr>)> {
     match listener {
         Listener::Local(socket) => {
             let (stream, peer) = socket.accept().await?;
@@ -161,6 +167,11 @@ async fn next(listener: &Listener) -> io::Result<(Raw, Option<SocketAddr>)> {
             stream.set_nodelay(true)?;
             Ok((Raw::Tcp(stream), Some(address)))
         }
+        Listener::Tunnel(streams) => match streams.recv().await {
+            Some(stream) => Ok((Raw::Core(stream), None)),
+            // There is no link any more, and never will be.
+            None => std::future::pending().await,
+        },
     }
 }
 
@@ -168,10 +179,14 @@ async fn establish(
     raw: Raw,
     tls: Option<TlsAcceptor>,
     certificates: Option<CertificateReader>,
-) -> io::Result<(Io, Peer)> {
+) -> io::Result<(Io, Peer, Vec<u8>)> {
     match (raw, tls) {
-        (Raw::Local(stream, peer), _) => Ok((Io::Local(stream), Peer::Local(peer))),
-        (Raw::Tcp(stream), None) => Ok((Io::Tcp(stream), Peer::Nobody)),
+        (Raw::Local(stream, peer), _) => Ok((Io::Local(stream), Peer::Local(peer), Vec::new())),
+        (Raw::Core(stream), _) => {
+            let begun = stream.begun.into_iter().rev().collect();
+            Ok((Io::Core(stream.io), Peer::Core, begun))
+        }
+        (Raw::Tcp(stream), None) => Ok((Io::Tcp(stream), Peer::Nobody, Vec::new())),
         (Raw::Tcp(stream), Some(acceptor)) => {
             let stream = acceptor.accept(stream).await?;
             let shown = stream
@@ -183,7 +198,7 @@ async fn establish(
                 (Some(der), Some(read)) => Peer::Certificate(read(der)),
                 _ => Peer::Nobody,
             };
-            Ok((Io::Tls(Box::new(stream)), peer))
+            Ok((Io::Tls(Box::new(stream)), peer, Vec::new()))
         }
     }
 }
@@ -192,6 +207,7 @@ enum Io {
     Local(UnixStream),
     Tcp(TcpStream),
     Tls(Box<TlsStream<TcpStream>>),
+    Core(Box<dyn Duplex>),
 }
 
 /// One connection, as bytes; it holds its place among the connections until it is dropped.
@@ -206,11 +222,16 @@ pub(crate) struct Connection {
 }
 
 /// The first bytes of every HTTP/2 connection (RFC 9113, 3.4).
-const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+pub(crate) const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 impl Connection {
     pub(crate) fn address(&self) -> Option<SocketAddr> {
         self.address
+    }
+
+    /// Who is at the other end.
+    pub(crate) fn peer(&self) -> &Peer {
+        &self.peer
     }
 
     /// Ends the connection when `token` is cancelled, whatever it is doing.
@@ -268,6 +289,7 @@ impl AsyncRead for Connection {
             Io::Local(stream) => Pin::new(stream).poll_read(context, buffer),
             Io::Tcp(stream) => Pin::new(stream).poll_read(context, buffer),
             Io::Tls(stream) => Pin::new(stream).poll_read(context, buffer),
+            Io::Core(stream) => Pin::new(stream).poll_read(context, buffer),
         }
     }
 }
@@ -282,6 +304,7 @@ impl AsyncWrite for Connection {
             Io::Local(stream) => Pin::new(stream).poll_write(context, data),
             Io::Tcp(stream) => Pin::new(stream).poll_write(context, data),
             Io::Tls(stream) => Pin::new(stream).poll_write(context, data),
+            Io::Core(stream) => Pin::new(stream).poll_write(context, data),
         }
     }
 
@@ -290,6 +313,7 @@ impl AsyncWrite for Connection {
             Io::Local(stream) => Pin::new(stream).poll_flush(context),
             Io::Tcp(stream) => Pin::new(stream).poll_flush(context),
             Io::Tls(stream) => Pin::new(stream).poll_flush(context),
+            Io::Core(stream) => Pin::new(stream).poll_flush(context),
         }
     }
 
@@ -298,6 +322,7 @@ impl AsyncWrite for Connection {
             Io::Local(stream) => Pin::new(stream).poll_shutdown(context),
             Io::Tcp(stream) => Pin::new(stream).poll_shutdown(context),
             Io::Tls(stream) => Pin::new(stream).poll_shutdown(context),
+            Io::Core(stream) => Pin::new(stream).poll_shutdown(context),
         }
     }
 }

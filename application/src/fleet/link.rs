@@ -37,6 +37,11 @@ pub struct CoreLinkView {
 }
 
 impl CoreLinkView {
+    /// Why there is no link, as one line for people; empty while there is one.
+    pub fn reason(&self) -> String {
+        reason_of(&self.state)
+    }
+
     /// What is wrong, with its remedy.
     pub fn warnings(&self, now: Timestamp) -> Vec<String> {
         let mut all = Vec::new();

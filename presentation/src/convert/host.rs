@@ -1,7 +1,9 @@
 //! The host, its networks and what happens on it.
 
+use ghost_application::fleet::CoreLinkView;
 use ghost_application::host::HostStatusView;
 use ghost_application::network::NetworkView;
+use ghost_domain::fleet::LinkState;
 use ghost_domain::{ByteSize, Demand, Event, EventKind, Severity};
 use ghost_proto::agent::v1 as message;
 
@@ -74,7 +76,50 @@ pub fn status(view: &HostStatusView, agent: &AgentInfo) -> message::HostStatus {
         store_problem: view.store.problem.clone().unwrap_or_default(),
         warnings: view.warnings.clone(),
         authority_fingerprint: view.authority_fingerprint.clone(),
+        core: Some(core_link(&view.core)),
     }
+}
+
+/// How the link to Core fares as a message.
+pub fn core_link(view: &CoreLinkView) -> message::CoreLink {
+    let mut link = message::CoreLink {
+        permissions: view.permissions.as_str().to_owned(),
+        state: view.state.as_str().to_owned(),
+        since: view.since.map(timestamp),
+        last_failure: view.last_failure.clone(),
+        deletes_allowed_until: view.deletes_allowed_until.map(timestamp),
+        ..message::CoreLink::default()
+    };
+    if let Some(identity) = &view.identity {
+        link.enrolled = true;
+        link.host_id = identity.host.to_string();
+        link.host_name = identity.name.to_string();
+        link.tenant = identity.tenant.to_string();
+        link.trust_domain.clone_from(&identity.trust_domain);
+        link.addresses.clone_from(&identity.addresses);
+        link.authority_fingerprint
+            .clone_from(&identity.authority_fingerprint);
+        link.certificate_expires_at = Some(timestamp(identity.expires_at));
+        link.certificate_generation = identity.generation;
+    }
+    match &view.state {
+        LinkState::Off | LinkState::Connecting => {}
+        LinkState::Up {
+            carrier,
+            replica,
+            round_trip,
+        } => {
+            link.carrier.clone_from(carrier);
+            link.replica.clone_from(replica);
+            link.round_trip = Some(duration(*round_trip));
+        }
+        LinkState::Silent { .. } | LinkState::Refused { .. } => link.reason = view.reason(),
+        LinkState::Waiting { retry_in, .. } => {
+            link.reason = view.reason();
+            link.retry_in = Some(duration(*retry_in));
+        }
+    }
+    link
 }
 
 fn resources(cpus: u32, memory: ByteSize, disk: ByteSize) -> message::Resources {

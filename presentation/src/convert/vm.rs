@@ -59,6 +59,7 @@ pub fn vm(view: &VmView) -> message::Vm {
         tags: vm.spec.tags.clone(),
         generation: vm.generation,
         created_at: Some(timestamp(vm.created_at)),
+        owner: vm.owner.clone().unwrap_or_default(),
         operation_id: view.operation.map(|id| id.to_string()).unwrap_or_default(),
         autostart: vm.spec.autostart.map(|autostart| message::Autostart {
             order: autostart.order,

@@ -1,6 +1,7 @@
 //! Which role each RPC needs: one table, which a test holds to the descriptor set, so that no RPC
 //! can be forgotten. The use cases check the same again.
 
+use ghost_application::fleet::CoreReach;
 use ghost_domain::Role;
 
 use crate::access::{Access, GUEST, HOOKS, Shape, UPDATE, WHOLE_LOG};
@@ -14,6 +15,30 @@ pub struct Method {
     pub access: Access,
     /// How it ends.
     pub shape: Shape,
+    /// How far it reaches, where it comes through Ghost Core.
+    pub core: CoreReach,
+}
+
+impl Method {
+    /// Never through Ghost Core, whatever the role.
+    const fn own(mut self) -> Self {
+        self.core = CoreReach::Never;
+        self
+    }
+
+    /// Through Ghost Core as what enters guests, though the host's own people need not be let in.
+    const fn shows_guests(mut self) -> Self {
+        self.core = CoreReach::Enter;
+        self
+    }
+}
+
+/// What is for administrators of the host is nothing for Core.
+const fn reach(role: Role) -> CoreReach {
+    match role {
+        Role::Viewer | Role::Operator => CoreReach::Plain,
+        Role::Admin => CoreReach::Never,
+    }
 }
 
 const fn unary(path: &'static str, role: Role) -> Method {
@@ -21,6 +46,7 @@ const fn unary(path: &'static str, role: Role) -> Method {
         path,
         access: Access::Role(role),
         shape: Shape::Unary,
+        core: reach(role),
     }
 }
 
@@ -29,6 +55,7 @@ const fn stream(path: &'static str, role: Role) -> Method {
         path,
         access: Access::Role(role),
         shape: Shape::Stream,
+        core: reach(role),
     }
 }
 
@@ -37,6 +64,7 @@ const fn long(path: &'static str, role: Role, shape: Shape) -> Method {
         path,
         access: Access::Role(role),
         shape,
+        core: reach(role),
     }
 }
 
@@ -46,6 +74,7 @@ const fn enters(path: &'static str, shape: Shape) -> Method {
         path,
         access: Access::Guests,
         shape,
+        core: CoreReach::Enter,
     }
 }
 
@@ -54,6 +83,7 @@ const fn anyone(path: &'static str, shape: Shape) -> Method {
         path,
         access: Access::Anyone,
         shape,
+        core: CoreReach::Plain,
     }
 }
 
@@ -74,26 +104,30 @@ pub const METHODS: &[Method] = &[
     unary("/ghost.agent.v1.VmService/Resume", Operator),
     // A console is the guest's keyboard, and its log may hold what was typed or printed there.
     enters("/ghost.agent.v1.VmService/Console", Shape::Stream),
-    stream("/ghost.agent.v1.VmService/Logs", Operator),
+    stream("/ghost.agent.v1.VmService/Logs", Operator).shows_guests(),
     unary("/ghost.agent.v1.ImageService/Get", Viewer),
     unary("/ghost.agent.v1.ImageService/List", Viewer),
     unary("/ghost.agent.v1.ImageService/ListCatalogue", Viewer),
     unary("/ghost.agent.v1.ImageService/Pull", Operator),
-    stream("/ghost.agent.v1.ImageService/Import", Operator),
+    // Core names images of the catalogue and brings none.
+    stream("/ghost.agent.v1.ImageService/Import", Operator).own(),
     unary("/ghost.agent.v1.ImageService/Delete", Operator),
     unary("/ghost.agent.v1.OperationService/Get", Viewer),
     unary("/ghost.agent.v1.OperationService/List", Viewer),
     stream("/ghost.agent.v1.OperationService/Watch", Viewer),
     unary("/ghost.agent.v1.OperationService/Cancel", Operator),
     unary("/ghost.agent.v1.HostService/GetStatus", Viewer),
+    unary("/ghost.agent.v1.HostService/GetCoreLink", Viewer),
+    unary("/ghost.agent.v1.HostService/ReconnectCore", Operator).own(),
+    unary("/ghost.agent.v1.HostService/AllowCoreDeletes", Admin),
     unary("/ghost.agent.v1.NetworkService/Get", Viewer),
     unary("/ghost.agent.v1.NetworkService/List", Viewer),
     stream("/ghost.agent.v1.EventService/Watch", Viewer),
     unary("/ghost.agent.v1.AccessService/CreateToken", Admin),
     // Whoever enrols has no identity yet: the token decides.
-    anyone("/ghost.agent.v1.AccessService/Enroll", Shape::Unary),
-    unary("/ghost.agent.v1.AccessService/Renew", Viewer),
-    unary("/ghost.agent.v1.AccessService/WhoAmI", Viewer),
+    anyone("/ghost.agent.v1.AccessService/Enroll", Shape::Unary).own(),
+    unary("/ghost.agent.v1.AccessService/Renew", Viewer).own(),
+    unary("/ghost.agent.v1.AccessService/WhoAmI", Viewer).own(),
     unary("/ghost.agent.v1.AccessService/ListCertificates", Admin),
     unary("/ghost.agent.v1.AccessService/RevokeCertificate", Admin),
     unary("/ghost.agent.v1.AccessService/CreateKey", Admin),
@@ -155,6 +189,10 @@ mod tests {
         let set = prost_types::FileDescriptorSet::decode(encoded).unwrap();
         let mut found = BTreeMap::new();
         for file in &set.file {
+            // Served by Core alone.
+            if file.package() == "ghost.core.v1" {
+                continue;
+            }
             for service in &file.service {
                 for method in &service.method {
                     let path = format!("/{}.{}/{}", file.package(), service.name(), method.name());
@@ -208,6 +246,35 @@ mod tests {
             entering += usize::from(enters);
         }
         assert!(entering > 10);
+    }
+
+    #[test]
+    fn what_is_the_host_owner_s_is_never_core_s() {
+        for method in METHODS {
+            let own = method.path.starts_with("/ghost.agent.v1.AccessService/")
+                || method.access == Access::Role(Role::Admin);
+            if own {
+                assert_eq!(method.core, CoreReach::Never, "{}", method.path);
+            }
+            if method.access == Access::Guests {
+                assert_eq!(method.core, CoreReach::Enter, "{}", method.path);
+            }
+        }
+        let others: Vec<_> = METHODS
+            .iter()
+            .filter(|one| {
+                one.core != CoreReach::Plain && one.access == Access::Role(Role::Operator)
+            })
+            .map(|one| one.path)
+            .collect();
+        assert_eq!(
+            others,
+            [
+                "/ghost.agent.v1.VmService/Logs",
+                "/ghost.agent.v1.ImageService/Import",
+                "/ghost.agent.v1.HostService/ReconnectCore",
+            ]
+        );
     }
 
     #[test]

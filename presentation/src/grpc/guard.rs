@@ -12,6 +12,8 @@ use axum::http::{HeaderMap, HeaderValue, Request, Response};
 use bytes::Bytes;
 use futures::FutureExt;
 use ghost_application::UseCases;
+use ghost_application::fleet::CoreReach;
+use ghost_domain::fleet::FleetPrincipal;
 use ghost_domain::{Error, ErrorCode, Principal, PrincipalSource, Result, Role, Timestamp};
 use http_body::{Frame, SizeHint};
 use tokio::sync::Semaphore;
@@ -28,6 +30,7 @@ use super::status::to_status;
 use crate::TraceParent;
 use crate::access::{Access, Shape};
 use crate::connection::{Peer, PeerCertificate};
+use crate::core_caller;
 use crate::metrics::Recorder;
 use crate::request::{CalledAs, REQUEST_ID, request_id};
 
@@ -163,7 +166,16 @@ where
         .get::<Peer>()
         .cloned()
         .unwrap_or(Peer::Nobody);
-    let principal = authenticate(watch, &peer).await;
+    let said = match peer {
+        Peer::Core => Some(core_caller::read(request.headers())),
+        _ => None,
+    };
+    // Whoever else says it lies.
+    core_caller::strip(request.headers_mut());
+    let principal = match said {
+        Some(said) => said.and_then(|caller| through_core(watch, &caller, method)),
+        None => authenticate(watch, &peer).await,
+    };
     let Some(method) = method else {
         principal?;
         return Err(Error::new(ErrorCode::NotFound, "there is no such call")
@@ -171,6 +183,9 @@ where
             .hint("compare the versions: ghostctl version"));
     };
     match method.access {
+        Access::Anyone if matches!(peer, Peer::Core) && method.core == CoreReach::Never => {
+            principal?;
+        }
         Access::Anyone => {}
         Access::Role(_) | Access::Guests => {
             let principal = principal?;
@@ -227,6 +242,18 @@ where
     }
 }
 
+/// The principal of a caller whom Core vouches for, as far as the host's owner lets it.
+fn through_core(
+    watch: &Watch,
+    caller: &FleetPrincipal,
+    method: Option<&'static Method>,
+) -> Result<Principal> {
+    let (reach, role) = method.map_or((CoreReach::Plain, Role::Viewer), |method| {
+        (method.core, method.access.least_role())
+    });
+    watch.use_cases.admit_core.execute(caller, reach, role)
+}
+
 async fn authenticate(watch: &Watch, peer: &Peer) -> Result<Principal> {
     let refused = |message: &str| Error::new(ErrorCode::Unauthenticated, message);
     match peer {
@@ -242,6 +269,8 @@ async fn authenticate(watch: &Watch, peer: &Peer) -> Result<Principal> {
             )),
         },
         Peer::Certificate(read) => certified(watch, read.as_ref().map_err(Clone::clone)?).await,
+        // Each of its calls says who makes it; see `through_core`.
+        Peer::Core => Err(refused("Ghost Core does not say who calls")),
         Peer::Nobody => Err(refused("no client certificate was shown").hint(
             "get one: ghostctl trust token --role ROLE on the host, then ghostctl context add NAME --endpoint … --token …",
         )),

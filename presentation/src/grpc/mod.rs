@@ -22,6 +22,8 @@ use ghost_proto::agent::v1::{
     image_service_server::ImageServiceServer, network_service_server::NetworkServiceServer,
     operation_service_server::OperationServiceServer, vm_service_server::VmServiceServer,
 };
+use prost::Message;
+use prost_types::FileDescriptorSet;
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -209,9 +211,14 @@ fn routes(
     let shared = || Arc::clone(use_cases);
     let unusable =
         |cause| Error::internal("reflection cannot describe the services").because(cause);
+    // Core's services stand in the same set, and are not served here.
+    let mut own = FileDescriptorSet::decode(ghost_proto::DESCRIPTORS).map_err(|cause| {
+        Error::internal("the descriptors of the services cannot be read").because(cause)
+    })?;
+    own.file.retain(|file| file.package() != "ghost.core.v1");
     let reflection = || {
         tonic_reflection::server::Builder::configure()
-            .register_encoded_file_descriptor_set(ghost_proto::DESCRIPTORS)
+            .register_file_descriptor_set(own.clone())
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
     Ok(Routes::new(

@@ -11,6 +11,8 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use futures::FutureExt;
+use ghost_application::fleet::CoreReach;
+use ghost_domain::fleet::FleetPrincipal;
 use ghost_domain::{Error, ErrorCode, Principal, Result, Secret};
 use tracing::{Instrument, Span};
 
@@ -19,6 +21,8 @@ use super::guest::connect::{self, ConnectFailure};
 use super::problem::Failure;
 use super::routes::{self, Route};
 use crate::access::{Access, Shape};
+use crate::connection::Peer;
+use crate::core_caller;
 use crate::request::{CalledAs, REQUEST_ID, request_id};
 
 /// The other header that a key may come in.
@@ -102,9 +106,18 @@ async fn pass(
         return Err(Error::new(ErrorCode::NotFound, "there is no such route")
             .hint("see /v1/openapi.json for those there are"));
     };
+    let from_core = matches!(request.extensions().get::<Peer>(), Some(Peer::Core));
+    let shown = if from_core {
+        // A key has no place on a call that Core forwards: who calls is Core's to say.
+        core_caller::read(request.headers()).map(|caller| Shown::Core(caller, route.core))
+    } else {
+        key_of(request.headers()).map(Shown::Key)
+    };
+    // Whoever else says it lies.
+    core_caller::strip(request.headers_mut());
     if route.access != Access::Anyone {
-        let key = key_of(request.headers())?;
-        let principal = authenticate(shell, &key).await?;
+        let shown = shown?;
+        let principal = shown.principal(shell, route.access).await?;
         let span = Span::current();
         span.record("principal", principal.name.as_str());
         span.record("role", principal.role.as_str());
@@ -113,7 +126,7 @@ async fn pass(
         request.extensions_mut().insert(principal);
         request
             .extensions_mut()
-            .insert(PresentedKey { key, access });
+            .insert(PresentedKey { shown, access });
     }
     let _room = match route.shape {
         Shape::Stream => None,
@@ -136,14 +149,30 @@ async fn pass(
     answered.map_err(|_| Error::internal("the agent stumbled over this request"))
 }
 
-async fn authenticate(shell: &Shell, key: &Secret) -> Result<Principal> {
-    shell.use_cases.authenticate_key.execute(key).await
+/// How a request shows who makes it.
+#[derive(Clone, Debug)]
+enum Shown {
+    Key(Secret),
+    /// Core says it, on a stream of its own.
+    Core(FleetPrincipal, CoreReach),
 }
 
-/// The key that a request came with, for what outlasts the request.
+impl Shown {
+    async fn principal(&self, shell: &Shell, access: Access) -> Result<Principal> {
+        let all = &shell.use_cases;
+        match self {
+            Self::Key(key) => all.authenticate_key.execute(key).await,
+            Self::Core(caller, reach) => {
+                all.admit_core.execute(caller, *reach, access.least_role())
+            }
+        }
+    }
+}
+
+/// What a request came with, for what outlasts the request.
 #[derive(Clone, Debug)]
 pub(super) struct PresentedKey {
-    key: Secret,
+    shown: Shown,
     access: Access,
 }
 
@@ -153,7 +182,7 @@ impl PresentedKey {
     /// # Errors
     /// `Unauthenticated`, `PermissionDenied`.
     pub(super) async fn check(&self, shell: &Shell) -> Result<()> {
-        let principal = authenticate(shell, &self.key).await?;
+        let principal = self.shown.principal(shell, self.access).await?;
         self.access.check(&principal)
     }
 }

@@ -2,6 +2,7 @@
 //! cases check the same again.
 
 use axum::http::Method;
+use ghost_application::fleet::CoreReach;
 use ghost_domain::Role::{self, Admin, Operator, Viewer};
 
 use crate::access::{Access, GUEST, HOOKS, Shape, UPDATE, WHOLE_LOG};
@@ -17,6 +18,30 @@ pub struct Route {
     pub access: Access,
     /// How it ends.
     pub shape: Shape,
+    /// How far it reaches, where it comes through Ghost Core.
+    pub core: CoreReach,
+}
+
+impl Route {
+    /// Never through Ghost Core, whatever the role.
+    const fn own(mut self) -> Self {
+        self.core = CoreReach::Never;
+        self
+    }
+
+    /// Through Ghost Core as what enters guests, though the host's own people need not be let in.
+    const fn shows_guests(mut self) -> Self {
+        self.core = CoreReach::Enter;
+        self
+    }
+}
+
+/// What is for administrators of the host is nothing for Core.
+const fn reach(role: Role) -> CoreReach {
+    match role {
+        Role::Viewer | Role::Operator => CoreReach::Plain,
+        Role::Admin => CoreReach::Never,
+    }
 }
 
 const fn open(path: &'static str) -> Route {
@@ -25,6 +50,7 @@ const fn open(path: &'static str) -> Route {
         path,
         access: Access::Anyone,
         shape: Shape::Unary,
+        core: CoreReach::Plain,
     }
 }
 
@@ -34,6 +60,7 @@ const fn unary(method: &'static str, path: &'static str, role: Role) -> Route {
         path,
         access: Access::Role(role),
         shape: Shape::Unary,
+        core: reach(role),
     }
 }
 
@@ -43,6 +70,7 @@ const fn stream(method: &'static str, path: &'static str, role: Role) -> Route {
         path,
         access: Access::Role(role),
         shape: Shape::Stream,
+        core: reach(role),
     }
 }
 
@@ -52,6 +80,7 @@ const fn long(method: &'static str, path: &'static str, role: Role, shape: Shape
         path,
         access: Access::Role(role),
         shape,
+        core: reach(role),
     }
 }
 
@@ -62,6 +91,7 @@ const fn enters(method: &'static str, path: &'static str, shape: Shape) -> Route
         path,
         access: Access::Guests,
         shape,
+        core: CoreReach::Enter,
     }
 }
 
@@ -81,11 +111,12 @@ pub const ROUTES: &[Route] = &[
     unary("POST", "/v1/vms/{vm}/restart", Operator),
     unary("POST", "/v1/vms/{vm}/pause", Operator),
     unary("POST", "/v1/vms/{vm}/resume", Operator),
-    stream("GET", "/v1/vms/{vm}/logs", Operator),
+    stream("GET", "/v1/vms/{vm}/logs", Operator).shows_guests(),
     unary("GET", "/v1/images", Viewer),
     unary("POST", "/v1/images", Operator),
     unary("GET", "/v1/images/{name}", Viewer),
-    stream("PUT", "/v1/images/{name}", Operator),
+    // Core names images of the catalogue and brings none.
+    stream("PUT", "/v1/images/{name}", Operator).own(),
     unary("DELETE", "/v1/images/{name}", Operator),
     unary("GET", "/v1/catalogue", Viewer),
     unary("GET", "/v1/operations", Viewer),

@@ -62,7 +62,15 @@ pub async fn serve(
             tasks.track_future(async move {
                 connection.cut_by(cut);
                 let address = connection.address();
-                let service = TowerToHyperService::new(router);
+                let peer = connection.peer().clone();
+                let service = TowerToHyperService::new(tower::util::MapRequest::new(
+                    router,
+                    move |mut request: hyper::Request<hyper::body::Incoming>| {
+                        // The guard believes nothing else about who is there.
+                        request.extensions_mut().insert(peer.clone());
+                        request
+                    },
+                ));
                 let mut serving = pin!(
                     builder
                         .serve_connection(TokioIo::new(connection), service)

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use ghost_application::host::{MetricsView, VmMetrics};
+use ghost_domain::fleet::LinkState;
 use ghost_domain::vm::VmState;
 use prometheus::{Counter, CounterVec, Gauge, GaugeVec, Opts, Registry, Result};
 
@@ -47,6 +48,7 @@ pub(super) fn fill(
     let Some(view) = view else { return Ok(()) };
     host(&to, view)?;
     agent_parts(&to, view)?;
+    core(registry, &to, view)?;
     vms(registry, &view.vms)?;
     super::guest::fill(registry, &view.vms)
 }
@@ -197,6 +199,61 @@ fn agent_parts(to: &Families<'_>, view: &MetricsView) -> Result<()> {
         "Operations that have not ended.",
         f64::from(view.open_operations),
     )
+}
+
+/// The link to Ghost Core. A host that is in no fleet has no series of it but the counters.
+fn core(registry: &Registry, to: &Families<'_>, view: &MetricsView) -> Result<()> {
+    let link = &view.core;
+    let up = matches!(link.state, LinkState::Up { .. });
+    if link.identity.is_some() {
+        to.gauge(
+            "ghost_core_link_up",
+            "Whether data goes both ways between this host and Ghost Core.",
+            flag(up),
+        )?;
+    }
+    if let LinkState::Up { round_trip, .. } = &link.state {
+        to.gauge(
+            "ghost_core_link_round_trip_seconds",
+            "Round trip of the last ping to Ghost Core.",
+            round_trip.as_secs_f64(),
+        )?;
+    }
+    if let Some(left) = view.core_certificate_left {
+        to.gauge(
+            "ghost_core_certificate_expiry_seconds",
+            "Time until this host's certificate for Ghost Core ends; 0 once it has.",
+            left.as_secs_f64(),
+        )?;
+    }
+    let heartbeats = CounterVec::new(
+        Opts::new(
+            "ghost_core_heartbeats_total",
+            "Heartbeats to Ghost Core by outcome.",
+        ),
+        &["outcome"],
+    )?;
+    for (outcome, count) in [
+        ("answered", link.heartbeats_answered),
+        ("lost", link.heartbeats_lost),
+    ] {
+        heartbeats
+            .with_label_values(&[outcome])
+            .inc_by(number(count));
+    }
+    registry.register(Box::new(heartbeats))?;
+    let commands = CounterVec::new(
+        Opts::new(
+            "ghost_core_commands_total",
+            "Commands of Ghost Core that reached a status.",
+        ),
+        &["status"],
+    )?;
+    for status in ["accepted", "succeeded", "failed", "refused", "expired"] {
+        let count = link.commands.get(status).copied().unwrap_or_default();
+        commands.with_label_values(&[status]).inc_by(number(count));
+    }
+    registry.register(Box::new(commands))
 }
 
 type Reading = fn(&VmMetrics) -> Option<u64>;

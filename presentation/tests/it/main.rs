@@ -7,6 +7,7 @@
     reason = "tests fail by panicking; clippy's exception covers #[test] functions but not their helpers"
 )]
 
+mod core;
 mod errors;
 mod grpc;
 mod guests;

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use async_trait::async_trait;
 use ghost_application::{Application, Options, Ports, UseCases};
+use ghost_domain::fleet::CorePermissions;
 use ghost_domain::ports::{
     Accelerator, Clock, ConsoleReader, ConsoleSession, ConsoleWriter, DomainDefinition,
     DomainSnapshot, DomainStatistics, HostFacts, HostProbe, HostUsage, Hypervisor, HypervisorEvent,
@@ -66,6 +67,15 @@ impl World {
         Self::with(ObservedPower::Off, true).await
     }
 
+    /// With `web` running, where the owner lets Core do so much.
+    pub(crate) async fn letting(permissions: CorePermissions) -> Self {
+        let options = Options {
+            core_permissions: permissions,
+            ..Options::default()
+        };
+        Self::of(ObservedPower::Running, true, options).await
+    }
+
     /// With `web` running and its guest's agent connected.
     pub(crate) async fn running() -> Self {
         Self::with(ObservedPower::Running, true).await
@@ -77,6 +87,10 @@ impl World {
     }
 
     async fn with(power: ObservedPower, access: bool) -> Self {
+        Self::of(power, access, Options::default()).await
+    }
+
+    async fn of(power: ObservedPower, access: bool, options: Options) -> Self {
         let knobs = Arc::new(Knobs::default());
         let ids: [CredentialId; 6] = std::array::from_fn(|_| CredentialId::random());
         let [viewer, operator, admin, revoked, first, second] = ids;
@@ -101,7 +115,7 @@ impl World {
             ..StoreContents::default()
         };
         let ports = ports(&knobs, contents, vm, power);
-        let app = Application::start(ports, Options::default()).await.unwrap();
+        let app = Application::start(ports, options).await.unwrap();
         let world = Self {
             app,
             knobs,

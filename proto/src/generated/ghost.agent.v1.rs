@@ -1154,6 +1154,9 @@ pub struct Vm {
     pub delete_protection: bool,
     #[prost(message, optional, tag = "21")]
     pub guest: ::core::option::Option<GuestPolicy>,
+    /// Who created it through Ghost Core, `<tenant>/<user>`; empty for the host's owner.
+    #[prost(string, tag = "22")]
+    pub owner: ::prost::alloc::string::String,
 }
 /// What the agent in the VM is for.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -4018,6 +4021,79 @@ pub mod guest_service_server {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetStatusRequest {}
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetCoreLinkRequest {}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReconnectCoreRequest {}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AllowCoreDeletesRequest {
+    /// At most 24 hours; zero takes it back.
+    #[prost(message, optional, tag = "1")]
+    pub duration: ::core::option::Option<::prost_types::Duration>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AllowCoreDeletesResponse {
+    /// Until when it holds; absent where it was taken back.
+    #[prost(message, optional, tag = "1")]
+    pub until: ::core::option::Option<::prost_types::Timestamp>,
+}
+/// How this host's link to Ghost Core fares, as the host sees it.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CoreLink {
+    /// Whether this host has joined a fleet. Where it has not, all of its identity is empty.
+    #[prost(bool, tag = "1")]
+    pub enrolled: bool,
+    #[prost(string, tag = "2")]
+    pub host_id: ::prost::alloc::string::String,
+    /// Its name in the fleet.
+    #[prost(string, tag = "3")]
+    pub host_name: ::prost::alloc::string::String,
+    #[prost(string, tag = "4")]
+    pub tenant: ::prost::alloc::string::String,
+    #[prost(string, tag = "5")]
+    pub trust_domain: ::prost::alloc::string::String,
+    /// Where Core's replicas are, `host:port`.
+    #[prost(string, repeated, tag = "6")]
+    pub addresses: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// SHA-256 of Core's CA certificate.
+    #[prost(string, tag = "7")]
+    pub authority_fingerprint: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "8")]
+    pub certificate_expires_at: ::core::option::Option<::prost_types::Timestamp>,
+    /// Rises by one with each certificate.
+    #[prost(uint64, tag = "9")]
+    pub certificate_generation: u64,
+    /// What the owner lets Core do: off, read, operate, operate_and_enter.
+    #[prost(string, tag = "10")]
+    pub permissions: ::prost::alloc::string::String,
+    /// off, connecting, up, silent, waiting, refused.
+    #[prost(string, tag = "11")]
+    pub state: ::prost::alloc::string::String,
+    /// Why it is silent, waiting or refused.
+    #[prost(string, tag = "12")]
+    pub reason: ::prost::alloc::string::String,
+    /// Since when it is in that state; absent where it never was in another.
+    #[prost(message, optional, tag = "13")]
+    pub since: ::core::option::Option<::prost_types::Timestamp>,
+    /// Of a link that is up: link, piko or direct.
+    #[prost(string, tag = "14")]
+    pub carrier: ::prost::alloc::string::String,
+    /// Of a link that is up: the replica of Core at the other end.
+    #[prost(string, tag = "15")]
+    pub replica: ::prost::alloc::string::String,
+    /// Of a link that is up: the round trip of the last ping.
+    #[prost(message, optional, tag = "16")]
+    pub round_trip: ::core::option::Option<::prost_types::Duration>,
+    /// Of a link that waits: until the next attempt.
+    #[prost(message, optional, tag = "17")]
+    pub retry_in: ::core::option::Option<::prost_types::Duration>,
+    /// Why the last attempt or link ended; stays when the link is up again.
+    #[prost(string, tag = "18")]
+    pub last_failure: ::prost::alloc::string::String,
+    /// Until when Core may delete any number of VMs; absent where it may not.
+    #[prost(message, optional, tag = "19")]
+    pub deletes_allowed_until: ::core::option::Option<::prost_types::Timestamp>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Resources {
     #[prost(uint32, tag = "1")]
     pub cpus: u32,
@@ -4099,6 +4175,9 @@ pub struct HostStatus {
     /// SHA-256 of the agent's CA certificate.
     #[prost(string, tag = "30")]
     pub authority_fingerprint: ::prost::alloc::string::String,
+    /// How the link to Ghost Core fares.
+    #[prost(message, optional, tag = "31")]
+    pub core: ::core::option::Option<CoreLink>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Network {
@@ -4168,7 +4247,9 @@ pub struct Event {
     #[prost(message, optional, tag = "2")]
     pub at: ::core::option::Option<::prost_types::Timestamp>,
     /// vm_state, vm_added, vm_updated, vm_removed, vm_drift, vm_crashed, operation, image_added,
-    /// image_removed, hypervisor_connected, hypervisor_lost, state_rebuilt.
+    /// image_removed, hypervisor_connected, hypervisor_lost, state_rebuilt, guest_connected,
+    /// guest_disconnected, guest_misbehaved, guest_updated, lockdown, core_connected, core_lost,
+    /// core_deletes.
     #[prost(string, tag = "3")]
     pub kind: ::prost::alloc::string::String,
     /// info, warning, error.
@@ -4299,6 +4380,78 @@ pub mod host_service_client {
                 .insert(GrpcMethod::new("ghost.agent.v1.HostService", "GetStatus"));
             self.inner.unary(req, path, codec).await
         }
+        /// How the link to Ghost Core fares.
+        pub async fn get_core_link(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GetCoreLinkRequest>,
+        ) -> std::result::Result<tonic::Response<super::CoreLink>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/ghost.agent.v1.HostService/GetCoreLink",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("ghost.agent.v1.HostService", "GetCoreLink"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Ends a wait and connects to Core at once. Answers before it is known how that went.
+        pub async fn reconnect_core(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ReconnectCoreRequest>,
+        ) -> std::result::Result<tonic::Response<super::CoreLink>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/ghost.agent.v1.HostService/ReconnectCore",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("ghost.agent.v1.HostService", "ReconnectCore"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Lets Core delete more than a fifth of the VMs for a while. Only for administrators of the host
+        /// itself, never through Core.
+        pub async fn allow_core_deletes(
+            &mut self,
+            request: impl tonic::IntoRequest<super::AllowCoreDeletesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::AllowCoreDeletesResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/ghost.agent.v1.HostService/AllowCoreDeletes",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new("ghost.agent.v1.HostService", "AllowCoreDeletes"),
+                );
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -4318,6 +4471,25 @@ pub mod host_service_server {
             &self,
             request: tonic::Request<super::GetStatusRequest>,
         ) -> std::result::Result<tonic::Response<super::HostStatus>, tonic::Status>;
+        /// How the link to Ghost Core fares.
+        async fn get_core_link(
+            &self,
+            request: tonic::Request<super::GetCoreLinkRequest>,
+        ) -> std::result::Result<tonic::Response<super::CoreLink>, tonic::Status>;
+        /// Ends a wait and connects to Core at once. Answers before it is known how that went.
+        async fn reconnect_core(
+            &self,
+            request: tonic::Request<super::ReconnectCoreRequest>,
+        ) -> std::result::Result<tonic::Response<super::CoreLink>, tonic::Status>;
+        /// Lets Core delete more than a fifth of the VMs for a while. Only for administrators of the host
+        /// itself, never through Core.
+        async fn allow_core_deletes(
+            &self,
+            request: tonic::Request<super::AllowCoreDeletesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::AllowCoreDeletesResponse>,
+            tonic::Status,
+        >;
     }
     /// The host and its agent.
     #[derive(Debug)]
@@ -4426,6 +4598,142 @@ pub mod host_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = GetStatusSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/ghost.agent.v1.HostService/GetCoreLink" => {
+                    #[allow(non_camel_case_types)]
+                    struct GetCoreLinkSvc<T: HostService>(pub Arc<T>);
+                    impl<
+                        T: HostService,
+                    > tonic::server::UnaryService<super::GetCoreLinkRequest>
+                    for GetCoreLinkSvc<T> {
+                        type Response = super::CoreLink;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::GetCoreLinkRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as HostService>::get_core_link(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GetCoreLinkSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/ghost.agent.v1.HostService/ReconnectCore" => {
+                    #[allow(non_camel_case_types)]
+                    struct ReconnectCoreSvc<T: HostService>(pub Arc<T>);
+                    impl<
+                        T: HostService,
+                    > tonic::server::UnaryService<super::ReconnectCoreRequest>
+                    for ReconnectCoreSvc<T> {
+                        type Response = super::CoreLink;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ReconnectCoreRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as HostService>::reconnect_core(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ReconnectCoreSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/ghost.agent.v1.HostService/AllowCoreDeletes" => {
+                    #[allow(non_camel_case_types)]
+                    struct AllowCoreDeletesSvc<T: HostService>(pub Arc<T>);
+                    impl<
+                        T: HostService,
+                    > tonic::server::UnaryService<super::AllowCoreDeletesRequest>
+                    for AllowCoreDeletesSvc<T> {
+                        type Response = super::AllowCoreDeletesResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::AllowCoreDeletesRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as HostService>::allow_core_deletes(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = AllowCoreDeletesSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

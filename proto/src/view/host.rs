@@ -139,6 +139,81 @@ pub struct HostStatus {
     pub store: Store,
     /// What does not work now, one line each with its remedy.
     pub warnings: Vec<String>,
+    /// How the link to Ghost Core fares; null where the agent is too old to know of one.
+    pub core: Option<CoreLink>,
+}
+
+/// How the link to Ghost Core fares, as the host sees it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct CoreLink {
+    /// Whether this host has joined a fleet.
+    pub enrolled: bool,
+    /// Its id there.
+    #[schema(format = Uuid)]
+    pub host_id: Option<String>,
+    /// Its name there.
+    pub host_name: Option<String>,
+    /// Its tenant.
+    pub tenant: Option<String>,
+    /// The trust domain of all SPIFFE ids.
+    pub trust_domain: Option<String>,
+    /// Where Core's replicas are, `host:port`.
+    pub addresses: Vec<String>,
+    /// SHA-256 of Core's CA certificate, hexadecimal.
+    pub authority_fingerprint: Option<String>,
+    /// When this host's certificate ends, RFC 3339.
+    #[schema(format = DateTime)]
+    pub certificate_expires_at: Option<String>,
+    /// Rises by one with each certificate.
+    pub certificate_generation: u64,
+    /// What the owner lets Core do: `off`, `read`, `operate` or `operate_and_enter`.
+    pub permissions: String,
+    /// `off`, `connecting`, `up`, `silent`, `waiting` or `refused`.
+    pub state: String,
+    /// Why it is silent, waiting or refused.
+    pub reason: Option<String>,
+    /// Since when it is in that state, RFC 3339.
+    #[schema(format = DateTime)]
+    pub since: Option<String>,
+    /// How a link that is up came to be: `link`, `piko` or `direct`.
+    pub carrier: Option<String>,
+    /// The replica of Core at the other end.
+    pub replica: Option<String>,
+    /// The round trip of the last ping.
+    pub round_trip_seconds: Option<f64>,
+    /// Until the next attempt.
+    pub retry_in_seconds: Option<f64>,
+    /// Why the last attempt or link ended.
+    pub last_failure: Option<String>,
+    /// Until when Core may delete any number of VMs, RFC 3339; null: not now.
+    #[schema(format = DateTime)]
+    pub deletes_allowed_until: Option<String>,
+}
+
+impl From<message::CoreLink> for CoreLink {
+    fn from(link: message::CoreLink) -> Self {
+        Self {
+            enrolled: link.enrolled,
+            host_id: filled(link.host_id),
+            host_name: filled(link.host_name),
+            tenant: filled(link.tenant),
+            trust_domain: filled(link.trust_domain),
+            addresses: link.addresses,
+            authority_fingerprint: filled(link.authority_fingerprint),
+            certificate_expires_at: optional_time(link.certificate_expires_at.as_ref()),
+            certificate_generation: link.certificate_generation,
+            permissions: link.permissions,
+            state: link.state,
+            reason: filled(link.reason),
+            since: optional_time(link.since.as_ref()),
+            carrier: filled(link.carrier),
+            replica: filled(link.replica),
+            round_trip_seconds: link.round_trip.as_ref().map(seconds),
+            retry_in_seconds: link.retry_in.as_ref().map(seconds),
+            last_failure: filled(link.last_failure),
+            deletes_allowed_until: optional_time(link.deletes_allowed_until.as_ref()),
+        }
+    }
 }
 
 impl From<message::HostStatus> for HostStatus {
@@ -187,6 +262,7 @@ impl From<message::HostStatus> for HostStatus {
                 problem: filled(status.store_problem),
             },
             warnings: status.warnings,
+            core: status.core.map(CoreLink::from),
         }
     }
 }

@@ -33,8 +33,8 @@ pub use guest::{
     GuestUpdate, Lockdown,
 };
 pub use host::{
-    AgentStatus, Event, HostStatus, Hypervisor, Lease, Machine, Network, ResourceShares, Resources,
-    Store,
+    AgentStatus, CoreLink, Event, HostStatus, Hypervisor, Lease, Machine, Network, ResourceShares,
+    Resources, Store,
 };
 pub use image::{CatalogueEntry, Image};
 pub use operation::{Operation, OperationError, OperationStatus, Progress};

@@ -81,6 +81,7 @@ fn a_full_vm_has_the_keys_of_the_contract() {
             inject: "auto".into(),
             access: true,
         }),
+        owner: "acme/alice".into(),
     });
     round_trips(&vm);
     assert_eq!(
@@ -109,6 +110,7 @@ fn a_full_vm_has_the_keys_of_the_contract() {
             "restart_policy": {"max_restarts": 3, "window_seconds": 600.0},
             "delete_protection": true,
             "guest": {"inject": "auto", "access": true},
+            "owner": "acme/alice",
         })
     );
 }
@@ -125,7 +127,7 @@ fn an_empty_vm_has_the_same_keys_with_nulls() {
             "vcpus": 0, "memory_bytes": 0, "image": "", "disks": [], "nics": [],
             "conditions": [], "tags": {}, "generation": 0, "created_at": "",
             "operation_id": null, "autostart": null, "restart_policy": null,
-            "delete_protection": false, "guest": null,
+            "delete_protection": false, "guest": null, "owner": null,
         })
     );
 }
@@ -310,7 +312,13 @@ fn the_other_views_have_stable_keys() {
         ),
         (
             json_of(HostStatus::from(message::HostStatus::default())),
-            "name agent machine hypervisor resources vms store warnings",
+            "name agent machine hypervisor resources vms store warnings core",
+        ),
+        (
+            json_of(CoreLink::from(message::CoreLink::default())),
+            "enrolled host_id host_name tenant trust_domain addresses authority_fingerprint \
+             certificate_expires_at certificate_generation permissions state reason since carrier \
+             replica round_trip_seconds retry_in_seconds last_failure deletes_allowed_until",
         ),
         (
             json_of(Certificate::from(message::Certificate::default())),

@@ -285,6 +285,8 @@ pub struct Vm {
     pub delete_protection: bool,
     /// The agent inside it; null where the host agent is too old to know of one.
     pub guest: Option<GuestPolicy>,
+    /// Who created it through Ghost Core, `<tenant>/<user>`; null for the host's owner.
+    pub owner: Option<String>,
 }
 
 impl From<message::Vm> for Vm {
@@ -315,6 +317,7 @@ impl From<message::Vm> for Vm {
             restart_policy: vm.restart_policy.map(RestartPolicy::from),
             delete_protection: vm.delete_protection,
             guest: vm.guest.map(Into::into),
+            owner: filled(vm.owner),
         }
     }
 }

@@ -18,6 +18,28 @@ fn resources(cpus: u32, memory_gib: u64, disk_gib: u64) -> Option<Resources> {
     })
 }
 
+/// A host in a fleet, with its link up.
+fn core_link() -> CoreLink {
+    CoreLink {
+        enrolled: true,
+        host_id: id_of("host", "pc-at-home"),
+        host_name: "pc-at-home".to_owned(),
+        tenant: "acme".to_owned(),
+        trust_domain: "fleet.example".to_owned(),
+        addresses: vec!["core.example:7443".to_owned()],
+        authority_fingerprint: "cd".repeat(32),
+        certificate_expires_at: moment(86_400),
+        certificate_generation: 3,
+        permissions: "operate".to_owned(),
+        state: "up".to_owned(),
+        since: moment(0),
+        carrier: "link".to_owned(),
+        replica: "core-1".to_owned(),
+        round_trip: seconds(0),
+        ..CoreLink::default()
+    }
+}
+
 #[tonic::async_trait]
 impl HostService for Fake {
     async fn get_status(&self, request: Request<GetStatusRequest>) -> Answer<HostStatus> {
@@ -57,6 +79,27 @@ impl HostService for Fake {
                     .to_owned(),
             ],
             authority_fingerprint: "ef".repeat(32),
+            core: None,
+        }))
+    }
+
+    async fn get_core_link(&self, request: Request<GetCoreLinkRequest>) -> Answer<CoreLink> {
+        self.note(request);
+        Ok(Response::new(core_link()))
+    }
+
+    async fn reconnect_core(&self, request: Request<ReconnectCoreRequest>) -> Answer<CoreLink> {
+        self.note(request);
+        Ok(Response::new(core_link()))
+    }
+
+    async fn allow_core_deletes(
+        &self,
+        request: Request<AllowCoreDeletesRequest>,
+    ) -> Answer<AllowCoreDeletesResponse> {
+        self.note(request);
+        Ok(Response::new(AllowCoreDeletesResponse {
+            until: moment(600),
         }))
     }
 }

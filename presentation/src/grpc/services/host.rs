@@ -30,6 +30,43 @@ impl HostService for Host {
         let view = self.0.get_status.execute(&caller).await.or_status()?;
         Ok(Response::new(convert::status(&view, &self.1)))
     }
+
+    async fn get_core_link(
+        &self,
+        request: Request<message::GetCoreLinkRequest>,
+    ) -> Answered<message::CoreLink> {
+        let caller = principal(request.extensions())?;
+        let view = self.0.get_core_link.execute(&caller).await.or_status()?;
+        Ok(Response::new(convert::core_link(&view)))
+    }
+
+    async fn reconnect_core(
+        &self,
+        request: Request<message::ReconnectCoreRequest>,
+    ) -> Answered<message::CoreLink> {
+        let caller = principal(request.extensions())?;
+        self.0.reconnect_core.execute(&caller).await.or_status()?;
+        let view = self.0.get_core_link.execute(&caller).await.or_status()?;
+        Ok(Response::new(convert::core_link(&view)))
+    }
+
+    async fn allow_core_deletes(
+        &self,
+        request: Request<message::AllowCoreDeletesRequest>,
+    ) -> Answered<message::AllowCoreDeletesResponse> {
+        let caller = principal(request.extensions())?;
+        let given = request.get_ref().duration.as_ref();
+        let duration = given
+            .map(|given| convert::length_of(given, "duration"))
+            .transpose()
+            .or_status()?
+            .unwrap_or_default();
+        let until = self.0.allow_core_deletes.execute(&caller, duration).await;
+        let until = until.or_status()?;
+        Ok(Response::new(message::AllowCoreDeletesResponse {
+            until: (!duration.is_zero()).then(|| convert::timestamp(until)),
+        }))
+    }
 }
 
 /// Serves networks.

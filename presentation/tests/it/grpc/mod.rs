@@ -3,7 +3,7 @@
 mod calls;
 mod guest;
 mod hostile;
-mod roles;
+pub(crate) mod roles;
 mod tls;
 
 use std::net::SocketAddr;
@@ -125,7 +125,7 @@ impl Served {
 }
 
 /// The stable code of a status.
-fn reason(status: &tonic::Status) -> String {
+pub(crate) fn reason(status: &tonic::Status) -> String {
     status
         .get_details_error_info()
         .map_or_else(|| format!("no details: {status:?}"), |info| info.reason)

@@ -60,13 +60,27 @@ pub(crate) async fn call(
     path: &'static str,
     message: Bytes,
 ) -> Result<(), Status> {
+    call_with(channel, path, message, &[]).await
+}
+
+/// The same with metadata.
+pub(crate) async fn call_with(
+    channel: &Channel,
+    path: &'static str,
+    message: Bytes,
+    metadata: &[(&'static str, &str)],
+) -> Result<(), Status> {
     let mut client = tonic::client::Grpc::new(channel.clone());
     client
         .ready()
         .await
         .map_err(|error| Status::unavailable(error.to_string()))?;
     let path = axum::http::uri::PathAndQuery::from_static(path);
-    let request = tonic::Request::new(tokio_stream::once(message));
+    let mut request = tonic::Request::new(tokio_stream::once(message));
+    for (name, value) in metadata {
+        let value = value.parse().unwrap();
+        request.metadata_mut().insert(*name, value);
+    }
     client.streaming(request, path, Raw).await.map(drop)
 }
 
