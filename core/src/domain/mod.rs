@@ -8,6 +8,7 @@ mod command;
 mod host;
 mod identity;
 mod inventory;
+mod peer;
 pub mod ports;
 mod quota;
 mod record;
@@ -21,6 +22,7 @@ pub use host::{
 };
 pub use identity::{FleetKey, JoinToken, MachineHash, TokenKind, User, UserSource};
 pub use inventory::{HostHealth, Inventory};
+pub use peer::PeerIdentity;
 pub use quota::{Quota, Usage};
 pub use record::{Record, RecordKey, Replica, Stored};
 pub use tenant::Tenant;

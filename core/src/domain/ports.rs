@@ -6,9 +6,9 @@
 use async_trait::async_trait;
 use futures::stream::BoxStream;
 use ghost_domain::ports::IssuedCertificate;
-use ghost_domain::{CredentialId, HostId, Result, TenantName};
+use ghost_domain::{CredentialId, HostId, Result, TenantName, Timestamp};
 
-use super::{Record, RecordKey, Stored};
+use super::{PeerIdentity, Record, RecordKey, Stored};
 
 /// What must be true for a commit to take effect.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -132,6 +132,25 @@ pub trait FleetAuthority: Send + Sync {
         user: CredentialId,
         name: &str,
     ) -> Result<IssuedCertificate>;
+
+    /// Whom a certificate names that came with a TLS handshake (DER).
+    ///
+    /// # Errors
+    /// `Unauthenticated` for whatever this CA would not have issued.
+    fn peer(&self, certificate_der: &[u8]) -> Result<PeerIdentity>;
+
+    /// Whom a certificate named that ended, and when: for a host that was away for longer than its
+    /// certificate. Here the CA's signature is checked, and the request's proof: a signature over
+    /// `ghost-recover-v1` and the request's DER form by the key of the certificate.
+    ///
+    /// # Errors
+    /// `Unauthenticated`.
+    fn former_peer(
+        &self,
+        certificate_pem: &str,
+        request_pem: &str,
+        proof: &[u8],
+    ) -> Result<(PeerIdentity, Timestamp)>;
 
     /// SHA-256 over the CA certificate's DER form: 64 hexadecimal digits.
     fn fingerprint(&self) -> String;

@@ -1,3 +1,4 @@
 //! The adapters behind Core's ports.
 
+pub mod authority;
 pub mod store;

@@ -58,16 +58,41 @@ impl fmt::Debug for Authority {
     }
 }
 
+/// A leaf with names of the caller's choice, for a service that is more than one agent.
+#[derive(Clone, Debug, Default)]
+pub struct LeafTemplate {
+    /// For people.
+    pub common_name: String,
+    /// URI alternative names, such as a SPIFFE id.
+    pub uris: Vec<String>,
+    /// Good for clients.
+    pub client: bool,
+    /// Good for servers.
+    pub server: bool,
+    /// What the last eight octets of the serial number say; the ones before stay random.
+    pub serial_tail: Option<u64>,
+}
+
+/// A leaf fresh from the CA.
+#[derive(Clone, Debug)]
+pub struct SignedLeaf {
+    /// The certificate and its CA's, PEM.
+    pub issued: IssuedCertificate,
+    /// SHA-256 of its public key (SubjectPublicKeyInfo, DER).
+    pub key_hash: [u8; 32],
+}
+
 /// Which kind of leaf to sign.
 pub(super) enum Leaf {
+    Template {
+        template: LeafTemplate,
+        /// Further alternative names.
+        names: Vec<SanType>,
+    },
     Client {
         credential: CredentialId,
         name: String,
         role: Role,
-    },
-    Server {
-        common_name: String,
-        names: Vec<SanType>,
     },
 }
 
@@ -80,6 +105,14 @@ impl Authority {
     /// together, or when the CA is over. What is there is never replaced: a new CA would shut out
     /// every client.
     pub fn open(data_dir: &Path, clock: Arc<dyn Clock>) -> Result<Self> {
+        Self::open_named(data_dir, "Ghost agent CA", clock)
+    }
+
+    /// Like [`Self::open`]; a CA that is made gets a common name that begins with `name`.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_named(data_dir: &Path, name: &str, clock: Arc<dyn Clock>) -> Result<Self> {
         let folder = data_dir.join("identity");
         let failed = |path: &Path, what: &str| {
             let what = format!("cannot {what} {}", path.display());
@@ -119,7 +152,7 @@ impl Authority {
             Some(text) => text,
             // Also after a crash between the two files: no certificate of this key got out yet.
             None => {
-                let text = make_certificate(&key, clock.now())?;
+                let text = make_certificate(&key, name, clock.now())?;
                 files::write(&folder, CERTIFICATE_FILE, 0o644, &text)
                     .map_err(failed(&certificate_path, "write"))?;
                 tracing::info!(path = %certificate_path.display(), "made a certificate authority");
@@ -178,6 +211,26 @@ impl Authority {
         &self.certificate_pem
     }
 
+    /// Signs a leaf for the public key of a PKCS #10 request (PEM) that is signed with it. Nothing
+    /// else of the request is taken over.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a request that is malformed or whose signature is wrong.
+    pub fn sign_template(&self, request_pem: &str, template: LeafTemplate) -> Result<SignedLeaf> {
+        let (public_key, key_hash) = requested_key(request_pem)?;
+        let names = Vec::new();
+        let (certificate, expires_at) =
+            self.sign(Leaf::Template { template, names }, &public_key)?;
+        Ok(SignedLeaf {
+            issued: IssuedCertificate {
+                certificate_pem: certificate.pem(),
+                authority_pem: self.certificate_pem.clone(),
+                expires_at,
+            },
+            key_hash,
+        })
+    }
+
     pub(super) fn clock(&self) -> &Arc<dyn Clock> {
         &self.clock
     }
@@ -213,10 +266,28 @@ impl Authority {
                     })?)];
                 params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
             }
-            Leaf::Server { common_name, names } => {
-                subject.push(DnType::CommonName, common_name);
-                params.subject_alt_names = names;
-                params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+            Leaf::Template { template, names } => {
+                subject.push(DnType::CommonName, template.common_name);
+                for uri in template.uris {
+                    let uri = uri
+                        .try_into()
+                        .map_err(|cause| Error::internal("a URI is not ASCII").because(cause))?;
+                    params.subject_alt_names.push(SanType::URI(uri));
+                }
+                params.subject_alt_names.extend(names);
+                if template.client {
+                    params
+                        .extended_key_usages
+                        .push(ExtendedKeyUsagePurpose::ClientAuth);
+                }
+                if template.server {
+                    params
+                        .extended_key_usages
+                        .push(ExtendedKeyUsagePurpose::ServerAuth);
+                }
+                if let Some(tail) = template.serial_tail {
+                    params.serial_number = Some(serial_with(tail));
+                }
             }
         }
         params.distinguished_name = subject;
@@ -236,7 +307,7 @@ impl CertificateAuthority for Authority {
         name: &str,
         role: Role,
     ) -> Result<IssuedCertificate> {
-        let public_key = requested_key(request_pem)?;
+        let (public_key, _) = requested_key(request_pem)?;
         let legal = !name.is_empty()
             && name.chars().count() <= MOST_NAME_CHARACTERS
             && !name.chars().any(char::is_control);
@@ -268,7 +339,7 @@ impl CertificateAuthority for Authority {
 /// The public key of a PKCS #10 request whose signature proves that the caller has the private one.
 /// All else in the request is ignored on purpose: a caller does not choose its identity, and
 /// cannot ask for the powers of a CA.
-fn requested_key(request_pem: &str) -> Result<SubjectPublicKeyInfo> {
+fn requested_key(request_pem: &str) -> Result<(SubjectPublicKeyInfo, [u8; 32])> {
     let refused = |why: &str| {
         Error::new(
             ErrorCode::InvalidArgument,
@@ -287,7 +358,8 @@ fn requested_key(request_pem: &str) -> Result<SubjectPublicKeyInfo> {
     if !rest.is_empty() {
         return Err(refused("something follows the request"));
     }
-    let key = SubjectPublicKeyInfo::from_der(request.certification_request_info.subject_pki.raw)
+    let raw = request.certification_request_info.subject_pki.raw;
+    let key = SubjectPublicKeyInfo::from_der(raw)
         .map_err(|_| refused("its kind of key is not supported; ECDSA P-256 is"))?;
     // Elliptic curves only: an RSA key may be of any size, too weak ones included.
     let curves = [
@@ -301,10 +373,10 @@ fn requested_key(request_pem: &str) -> Result<SubjectPublicKeyInfo> {
     request
         .verify_signature()
         .map_err(|_| refused("its signature is wrong"))?;
-    Ok(key)
+    Ok((key, Sha256::digest(raw).into()))
 }
 
-fn make_certificate(key: &KeyPair, now: Timestamp) -> Result<String> {
+fn make_certificate(key: &KeyPair, name: &str, now: Timestamp) -> Result<String> {
     let begin = now.max(EARLIEST);
     let mut params = CertificateParams::default();
     params.not_before = offset(before(now, CLOCK_SKEW).min(begin))?;
@@ -319,9 +391,9 @@ fn make_certificate(key: &KeyPair, now: Timestamp) -> Result<String> {
     ];
     let mut subject = DistinguishedName::new();
     subject.push(DnType::OrganizationName, "Ghost");
-    // Different for each agent, so that a client with several CAs finds the right one by name.
+    // Different for each CA, so that a client with several CAs finds the right one by name.
     let mark = hex::encode(&Sha256::digest(key.public_key_raw())[..8]);
-    subject.push(DnType::CommonName, format!("Ghost agent CA {mark}"));
+    subject.push(DnType::CommonName, format!("{name} {mark}"));
     params.distinguished_name = subject;
     params
         .self_signed(key)
@@ -332,7 +404,15 @@ fn make_certificate(key: &KeyPair, now: Timestamp) -> Result<String> {
 /// 127 random bits: positive and within the 20 octets of RFC 5280, 4.1.2.2. Without it rcgen would
 /// derive the number from the key, and a renewed certificate would have the old one's.
 fn serial() -> SerialNumber {
-    let mut bytes: [u8; 16] = rand::random();
+    serial_with(rand::random())
+}
+
+/// 63 random bits, and a number of the caller's.
+fn serial_with(tail: u64) -> SerialNumber {
+    let mut bytes = [0; 16];
+    let (head, end) = bytes.split_at_mut(8);
+    head.copy_from_slice(&rand::random::<[u8; 8]>());
+    end.copy_from_slice(&tail.to_be_bytes());
     bytes[0] = (bytes[0] & 0x7f) | 0x40;
     SerialNumber::from_slice(&bytes)
 }
@@ -353,7 +433,7 @@ fn broken(path: &Path, why: &str) -> Error {
         format!("cannot use {}", path.display()),
     )
     .because(why)
-    .hint("put both files of the folder back from a backup; or move the folder away, restart the agent, which makes a new CA, and enrol all clients anew")
+    .hint("put both files of the folder back from a backup; or move the folder away and restart, which makes a new CA, and enrol all clients anew")
 }
 
 /// The key as rustls takes it.

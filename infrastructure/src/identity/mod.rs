@@ -18,8 +18,10 @@ mod addresses;
 mod authority;
 mod client;
 pub(crate) mod files;
+mod peer;
 mod server;
 
-pub use authority::{Authority, CA_LIFETIME, CLOCK_SKEW, LEAF_LIFETIME};
+pub use authority::{Authority, CA_LIFETIME, CLOCK_SKEW, LEAF_LIFETIME, LeafTemplate, SignedLeaf};
 pub use client::{ClientIdentity, parse_client_identity};
+pub use peer::ClientTls;
 pub use server::{ServerNames, ServerTls};

@@ -16,7 +16,7 @@ use rustls::sign::CertifiedKey;
 use rustls::{RootCertStore, ServerConfig};
 
 use super::addresses;
-use super::authority::{Authority, CLOCK_SKEW, LEAF_LIFETIME, Leaf, private_key};
+use super::authority::{Authority, CLOCK_SKEW, LEAF_LIFETIME, Leaf, LeafTemplate, private_key};
 
 /// How often the host's addresses are looked at, where the certificate names them.
 const LOOK_AT_ADDRESSES: Duration = Duration::from_secs(60);
@@ -87,7 +87,9 @@ fn is_dns_name(name: &str) -> bool {
 #[derive(Debug)]
 pub struct ServerTls {
     authority: Arc<Authority>,
-    names: ServerNames,
+    /// `None`: only what the template names.
+    names: Option<ServerNames>,
+    template: LeafTemplate,
     current: Mutex<Current>,
 }
 
@@ -107,10 +109,41 @@ impl ServerTls {
     /// # Errors
     /// `Internal` when it cannot be signed.
     pub fn new(authority: Arc<Authority>, names: ServerNames) -> Result<Arc<Self>> {
-        let current = make(&authority, &names)?;
+        let template = LeafTemplate {
+            common_name: "ghost-agent".into(),
+            server: true,
+            ..LeafTemplate::default()
+        };
+        Self::of_template(authority, names, template)
+    }
+
+    /// A leaf with further names, which may be good for clients too.
+    ///
+    /// # Errors
+    /// `Internal` when it cannot be signed.
+    pub fn of_template(
+        authority: Arc<Authority>,
+        names: ServerNames,
+        template: LeafTemplate,
+    ) -> Result<Arc<Self>> {
+        Self::make(authority, Some(names), template)
+    }
+
+    /// A leaf with the names of the template alone.
+    pub(super) fn nameless(authority: Arc<Authority>, template: LeafTemplate) -> Result<Arc<Self>> {
+        Self::make(authority, None, template)
+    }
+
+    fn make(
+        authority: Arc<Authority>,
+        names: Option<ServerNames>,
+        template: LeafTemplate,
+    ) -> Result<Arc<Self>> {
+        let current = make(&authority, names.as_ref(), &template)?;
         Ok(Arc::new(Self {
             authority,
             names,
+            template,
             current: Mutex::new(current),
         }))
     }
@@ -120,6 +153,15 @@ impl ServerTls {
     /// # Errors
     /// `Internal` when rustls refuses the parts.
     pub fn grpc_config(self: &Arc<Self>) -> Result<Arc<ServerConfig>> {
+        self.config_for(&[b"h2"])
+    }
+
+    /// For the protocols that are named (ALPN, the first that the client offers too wins); a client
+    /// certificate is optional and must be ours where it is shown.
+    ///
+    /// # Errors
+    /// `Internal` when rustls refuses the parts.
+    pub fn config_for(self: &Arc<Self>, protocols: &[&[u8]]) -> Result<Arc<ServerConfig>> {
         let mut roots = RootCertStore::empty();
         roots
             .add(self.authority.certificate().clone())
@@ -134,7 +176,7 @@ impl ServerTls {
         let builder = builder()?.with_client_cert_verifier(verifier);
         Ok(Arc::new(finish(
             builder.with_cert_resolver(Arc::clone(self) as _),
-            &[b"h2"],
+            protocols,
         )))
     }
 
@@ -157,15 +199,17 @@ impl ServerTls {
         let now = self.authority.clock().now();
         // The clock may also have been set back before the leaf's beginning.
         let due = now >= current.renew_at || now.after(CLOCK_SKEW) < current.made_at;
-        let moved = !due && self.names.follows_addresses() && {
+        let followed = self.names.as_ref();
+        let followed = followed.filter(|names| !due && names.follows_addresses());
+        let moved = followed.is_some_and(|names| {
             let look = now.since(current.looked_at) >= LOOK_AT_ADDRESSES;
             if look {
                 current.looked_at = now;
             }
-            look && self.names.addresses() != current.addresses
-        };
+            look && names.addresses() != current.addresses
+        });
         if due || moved {
-            match make(&self.authority, &self.names) {
+            match make(&self.authority, self.names.as_ref(), &self.template) {
                 Ok(fresh) => *current = fresh,
                 Err(error) => {
                     tracing::error!(%error, expires_at = current.expires_at.unix_millis(), "cannot renew the server certificate");
@@ -182,11 +226,15 @@ impl ResolvesServerCert for ServerTls {
     }
 }
 
-fn make(authority: &Authority, names: &ServerNames) -> Result<Current> {
+fn make(
+    authority: &Authority,
+    names: Option<&ServerNames>,
+    template: &LeafTemplate,
+) -> Result<Current> {
     let key =
         KeyPair::generate().map_err(|cause| Error::internal("cannot make a key").because(cause))?;
-    let dns = names.dns_names();
-    let addresses = names.addresses();
+    let dns = names.map(ServerNames::dns_names).unwrap_or_default();
+    let addresses = names.map(ServerNames::addresses).unwrap_or_default();
     let mut sans = Vec::with_capacity(dns.len() + addresses.len());
     for name in &dns {
         sans.push(SanType::DnsName(name.as_str().try_into().map_err(
@@ -194,8 +242,8 @@ fn make(authority: &Authority, names: &ServerNames) -> Result<Current> {
         )?));
     }
     sans.extend(addresses.iter().copied().map(SanType::IpAddress));
-    let leaf = Leaf::Server {
-        common_name: "ghost-agent".into(),
+    let leaf = Leaf::Template {
+        template: template.clone(),
         names: sans,
     };
     let (certificate, expires_at) = authority.sign(leaf, &key)?;

@@ -76,6 +76,14 @@ pub(super) fn open<'a>(key: &Key, bytes: &'a [u8]) -> Result<(u64, &'a [u8]), Fa
     Ok((sequence, payload))
 }
 
+/// The batch that wrote an envelope which was verified before.
+pub(super) fn sequence(bytes: &[u8]) -> u64 {
+    bytes
+        .get(8..16)
+        .and_then(|number| number.try_into().ok())
+        .map_or(0, u64::from_be_bytes)
+}
+
 /// What one pair adds to the digest of the whole store: the sum over all pairs does not depend on
 /// their order, and is kept up to date by adding and subtracting. It guards against loss and
 /// accident, not against a forger, who could as well rewrite the manifest.

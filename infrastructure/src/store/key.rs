@@ -24,10 +24,12 @@ pub(super) enum Table {
     JoinToken = 6,
     /// Single values.
     Setting = 7,
+    /// Whatever a service other than the agent keeps.
+    Document = 8,
 }
 
 impl Table {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::System,
         Self::Vm,
         Self::Operation,
@@ -36,6 +38,7 @@ impl Table {
         Self::ApiKey,
         Self::JoinToken,
         Self::Setting,
+        Self::Document,
     ];
 
     const fn noun(self) -> &'static str {
@@ -48,6 +51,7 @@ impl Table {
             Self::ApiKey => "key",
             Self::JoinToken => "join token",
             Self::Setting => "setting",
+            Self::Document => "document",
         }
     }
 }
@@ -111,6 +115,20 @@ impl Key {
         Self::new(Table::Setting, DELETE_CONSENT)
     }
 
+    pub(super) fn document(name: &str) -> Self {
+        Self::new(Table::Document, name.as_bytes())
+    }
+
+    /// The name of a document, where this is the key of one.
+    pub(super) fn document_name(&self) -> Option<&str> {
+        match self.0.split_first() {
+            Some((table, name)) if *table == Table::Document as u8 => {
+                std::str::from_utf8(name).ok()
+            }
+            _ => None,
+        }
+    }
+
     /// Where the manifest lies.
     pub(super) fn manifest() -> Self {
         Self::new(Table::System, &[MANIFEST])
@@ -161,7 +179,9 @@ impl fmt::Display for Key {
             uuid::Uuid::from_slice(identity),
             std::str::from_utf8(identity),
         ) {
-            (Table::Image | Table::Setting, _, Ok(text)) => write!(f, " {}", text.escape_debug()),
+            (Table::Image | Table::Setting | Table::Document, _, Ok(text)) => {
+                write!(f, " {}", text.escape_debug())
+            }
             (Table::System, ..) => write!(f, " {}", hex::encode(identity)),
             (_, Ok(id), _) => write!(f, " {id}"),
             _ => write!(f, " {}", hex::encode(identity)),

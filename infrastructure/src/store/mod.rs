@@ -18,6 +18,7 @@
 //! - no panic of an engine leaves this module.
 
 mod ballast;
+pub mod documents;
 mod engine;
 mod envelope;
 mod export;
@@ -52,8 +53,9 @@ pub use probe::{Helper, ProbeResult, probe, probe_main};
 
 use fault::unavailable;
 use files::Layout;
+use records::Records;
 use steps::{Steps, Unwatched};
-use writer::{Command, Pending, Snapshot, Status, Writer};
+use writer::{Command, Condition, Observer, Outcome, Pending, Snapshot, Status, Writer};
 
 /// How a store is opened.
 #[derive(Clone, Debug)]
@@ -149,6 +151,16 @@ struct Store {
 
 impl Store {
     fn open(options: StoreOptions, steps: Arc<dyn Steps>) -> Result<Self> {
+        Self::observed(options, steps, |_, _| None)
+    }
+
+    /// Opens a store whose batches are watched: `observer` makes the one who is told, after it got
+    /// the number of the newest batch and the records of then.
+    fn observed(
+        options: StoreOptions,
+        steps: Arc<dyn Steps>,
+        observer: impl FnOnce(u64, &Records) -> Option<Observer>,
+    ) -> Result<Self> {
         let layout = Layout::new(options.directory.clone());
         let opened = opening::open(&options, &layout)?;
         let damage = Mutex::new(opened.damage.clone());
@@ -157,6 +169,7 @@ impl Store {
         let queued = Arc::new(AtomicUsize::new(0));
         let (commands, receiver) = mpsc::channel();
         let (engine, limits) = (options.engine, options.limits.clone());
+        let observer = observer(opened.manifest.mark.sequence, &opened.records);
         let writer = Writer::new(
             options,
             layout.clone(),
@@ -165,6 +178,7 @@ impl Store {
             Arc::clone(&status),
             Arc::clone(&exporting),
             Arc::clone(&queued),
+            observer,
         );
         let thread = thread::Builder::new()
             .name("ghost-store".into())
@@ -194,6 +208,45 @@ impl Store {
         let (reply, answer) = oneshot::channel();
         self.send(question(reply))?;
         answer.await.map_err(|_| closed())
+    }
+
+    /// Commits where the conditions hold.
+    async fn submit(
+        &self,
+        conditions: Vec<Condition>,
+        writes: Vec<rows::Write>,
+    ) -> Result<Outcome> {
+        if self.queued.fetch_add(1, Ordering::Relaxed) >= self.limits.queue {
+            self.queued.fetch_sub(1, Ordering::Relaxed);
+            return Err(Error::new(
+                ErrorCode::TooManyRequests,
+                "too many changes wait for the state store",
+            )
+            .because(format!("{} of them are queued", self.limits.queue))
+            .retry_after(Duration::from_secs(1)));
+        }
+        let (reply, mut answer) = oneshot::channel();
+        let claim = Arc::new(AtomicBool::new(false));
+        self.send(Command::Commit(Pending {
+            conditions,
+            writes,
+            reply,
+            claim: Arc::clone(&claim),
+            submitted: Instant::now(),
+        }))?;
+        let answered = match tokio::time::timeout(self.limits.commit, &mut answer).await {
+            Ok(answered) => answered,
+            // Nobody else may have the last word on it: either it is withdrawn before the writer
+            // takes it, or its outcome is waited for, however long that takes.
+            Err(_) if !claim.swap(true, Ordering::AcqRel) => {
+                return Err(unavailable(format!(
+                    "an earlier change has been under way for more than {} s",
+                    self.limits.commit.as_secs()
+                )));
+            }
+            Err(_) => answer.await,
+        };
+        answered.unwrap_or_else(|_| Err(closed()))
     }
 
     async fn snapshot(&self) -> Result<Snapshot> {
@@ -240,36 +293,7 @@ impl StateStore for Store {
             .iter()
             .map(rows::encode_change)
             .collect::<Result<Vec<_>>>()?;
-        if self.queued.fetch_add(1, Ordering::Relaxed) >= self.limits.queue {
-            self.queued.fetch_sub(1, Ordering::Relaxed);
-            return Err(Error::new(
-                ErrorCode::TooManyRequests,
-                "too many changes wait for the state store",
-            )
-            .because(format!("{} of them are queued", self.limits.queue))
-            .retry_after(Duration::from_secs(1)));
-        }
-        let (reply, mut answer) = oneshot::channel();
-        let claim = Arc::new(AtomicBool::new(false));
-        self.send(Command::Commit(Pending {
-            writes,
-            reply,
-            claim: Arc::clone(&claim),
-            submitted: Instant::now(),
-        }))?;
-        let answered = match tokio::time::timeout(self.limits.commit, &mut answer).await {
-            Ok(answered) => answered,
-            // Nobody else may have the last word on it: either it is withdrawn before the writer
-            // takes it, or its outcome is waited for, however long that takes.
-            Err(_) if !claim.swap(true, Ordering::AcqRel) => {
-                return Err(unavailable(format!(
-                    "an earlier change has been under way for more than {} s",
-                    self.limits.commit.as_secs()
-                )));
-            }
-            Err(_) => answer.await,
-        };
-        answered.unwrap_or_else(|_| Err(closed()))
+        self.submit(Vec::new(), writes).await.map(drop)
     }
 
     async fn health(&self) -> StoreHealth {

@@ -67,6 +67,11 @@ impl Records {
         self.pairs.iter()
     }
 
+    /// The batch that wrote a record; `None` where there is none.
+    pub(super) fn version(&self, key: &Key) -> Option<u64> {
+        self.pairs.get(key).map(|bytes| envelope::sequence(bytes))
+    }
+
     /// Takes in one pair read from outside, after verifying its envelope.
     pub(super) fn take_in(&mut self, key: Key, value: &[u8], newest: u64) -> Result<(), Fault> {
         let (sequence, _) = envelope::open(&key, value)?;
@@ -161,7 +166,7 @@ impl Manifest {
 }
 
 /// A record as it is to be: `None` where it is not.
-type Effect = (Key, Option<Arc<[u8]>>);
+pub(super) type Effect = (Key, Option<Arc<[u8]>>);
 
 /// All that an engine holds, verified.
 #[derive(Clone, Debug)]

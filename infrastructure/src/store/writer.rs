@@ -10,7 +10,7 @@
 //! the place of the old. Only after that, or when it fails too, the caller is told that the commit
 //! did not take place.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
@@ -27,10 +27,11 @@ use super::engine::{Engine, KeyValueEngine, guard};
 use super::export;
 use super::fault::{Fault, unavailable};
 use super::files::{self, Layout};
+use super::key::Key;
 use super::lock::Lock;
 use super::opening::{self, Opened, Previous};
 use super::probe;
-use super::records::{Batch, Manifest, Records};
+use super::records::{Batch, Effect, Manifest, Records};
 use super::rows::Write;
 use super::sidecar::{Mark, Sidecar};
 use super::steps::{Step, Steps};
@@ -52,10 +53,27 @@ pub(super) enum Command {
     Close(oneshot::Sender<Result<()>>),
 }
 
+/// What must be true of a key for a commit to take effect: the batch that wrote its record, or that
+/// there is none.
+pub(super) type Condition = (Key, Option<u64>);
+
+/// What became of a commit that was not refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// It is durable, as of this batch.
+    Done(u64),
+    /// A condition does not hold; it took no effect.
+    Conflict,
+}
+
+/// Is told of every batch after it is durable, before those who wait for it are, in order.
+pub(super) type Observer = Box<dyn Fn(u64, &[Effect]) + Send>;
+
 /// A commit that waits.
 pub(super) struct Pending {
+    pub(super) conditions: Vec<Condition>,
     pub(super) writes: Vec<Write>,
-    pub(super) reply: oneshot::Sender<Result<()>>,
+    pub(super) reply: oneshot::Sender<Result<Outcome>>,
     /// Taken by whoever comes first: the writer, to carry it out, or the caller, to withdraw it.
     pub(super) claim: Arc<AtomicBool>,
     pub(super) submitted: Instant,
@@ -67,6 +85,13 @@ impl Pending {
             .iter()
             .filter_map(|(_, row)| row.as_ref().map(Vec::len))
             .sum()
+    }
+
+    /// Whether it looks at or writes a key that is among `writes`.
+    fn touches(&self, writes: &BTreeMap<Key, Option<Vec<u8>>>) -> bool {
+        let looks = self.conditions.iter().map(|(key, _)| key);
+        let puts = self.writes.iter().map(|(key, _)| key);
+        looks.chain(puts).any(|key| writes.contains_key(key))
     }
 }
 
@@ -148,6 +173,7 @@ pub(super) struct Writer {
     status: Arc<Status>,
     exporting: Arc<Mutex<()>>,
     queued: Arc<AtomicUsize>,
+    observer: Option<Observer>,
     healed_at: Option<Instant>,
     upkeep_at: Instant,
     // Last, so that the lock outlives the engine when the writer is dropped.
@@ -163,6 +189,7 @@ impl Writer {
         status: Arc<Status>,
         exporting: Arc<Mutex<()>>,
         queued: Arc<AtomicUsize>,
+        observer: Option<Observer>,
     ) -> Self {
         let mut writer = Self {
             options,
@@ -176,6 +203,7 @@ impl Writer {
             status,
             exporting,
             queued,
+            observer,
             healed_at: None,
             upkeep_at: Instant::now(),
             _lock: opened.lock,
@@ -260,16 +288,48 @@ impl Writer {
     fn commit(&mut self, mut group: Vec<Pending>) {
         self.queued.fetch_sub(group.len(), Ordering::Relaxed);
         group.retain(|pending| !pending.claim.swap(true, Ordering::AcqRel));
-        if group.is_empty() {
-            return;
+        let mut waiting = VecDeque::from(group);
+        while !waiting.is_empty() {
+            let (together, writes) = self.next_batch(&mut waiting);
+            if !together.is_empty() {
+                self.commit_together(together, &writes);
+            }
         }
+    }
+
+    /// Takes the commits off `waiting` that can share a batch, and answers those whose conditions do
+    /// not hold. Where versions matter a batch writes no key twice, and no commit is judged by a key
+    /// that the same batch writes: it would get a version that two values have.
+    fn next_batch(
+        &self,
+        waiting: &mut VecDeque<Pending>,
+    ) -> (Vec<Pending>, BTreeMap<Key, Option<Vec<u8>>>) {
+        let mut together = Vec::new();
         let mut writes = BTreeMap::new();
-        for pending in &mut group {
-            // In the order of arrival: of two writes to one key the later stands.
-            writes.extend(std::mem::take(&mut pending.writes));
+        while let Some(mut pending) = waiting.pop_front() {
+            let versions_matter = self.observer.is_some() || !pending.conditions.is_empty();
+            if versions_matter && pending.touches(&writes) {
+                waiting.push_front(pending);
+                break;
+            }
+            let holds = pending
+                .conditions
+                .iter()
+                .all(|(key, version)| self.records.version(key) == *version);
+            if holds {
+                // In the order of arrival: of two writes to one key the later stands.
+                writes.extend(std::mem::take(&mut pending.writes));
+                together.push(pending);
+            } else {
+                let _ = pending.reply.send(Ok(Outcome::Conflict));
+            }
         }
+        (together, writes)
+    }
+
+    fn commit_together(&mut self, group: Vec<Pending>, writes: &BTreeMap<Key, Option<Vec<u8>>>) {
         self.status.lock().busy_since = Some(Instant::now());
-        let outcome = self.write(&writes);
+        let outcome = self.write(writes);
         {
             let mut parts = self.status.lock();
             parts.busy_since = None;
@@ -284,7 +344,7 @@ impl Writer {
         self.steps.done(Step::Acknowledge);
         for pending in group {
             let answer = match &outcome {
-                Ok(()) => Ok(()),
+                Ok(sequence) => Ok(Outcome::Done(*sequence)),
                 Err(fault) => Err(unavailable(fault)),
             };
             // A caller that went away is no reason to do anything else.
@@ -292,7 +352,8 @@ impl Writer {
         }
     }
 
-    fn write(&mut self, writes: &BTreeMap<super::key::Key, Option<Vec<u8>>>) -> Result<(), Fault> {
+    /// Writes a batch; gives the newest batch's number.
+    fn write(&mut self, writes: &BTreeMap<Key, Option<Vec<u8>>>) -> Result<u64, Fault> {
         self.make_room()?;
         if self.engine.is_none() {
             self.heal_when_due()?;
@@ -300,13 +361,17 @@ impl Writer {
         let mut may_try_again = true;
         loop {
             let Some(batch) = Batch::prepare(&self.records, &self.manifest, writes)? else {
-                return Ok(());
+                return Ok(self.manifest.mark.sequence);
             };
             let Err(fault) = self.commit_batch(&batch) else {
+                let sequence = batch.manifest.mark.sequence;
+                if let Some(observer) = &self.observer {
+                    observer(sequence, &batch.effects);
+                }
                 for (key, envelope) in batch.effects {
                     self.records.set(key, envelope);
                 }
-                return Ok(());
+                return Ok(sequence);
             };
             let full = self.is_full(&fault);
             self.break_off(&fault);
