@@ -115,6 +115,42 @@ pub struct HostRecord {
     pub command_generation: u64,
 }
 
+/// What a certificate of a host is to its record.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CertificateUse {
+    /// The newest.
+    Newest,
+    /// The one before, and the newest was never used: Core's answer may have been lost.
+    AnswerLost,
+    /// Newer than the newest: the records went back. Only our CA could have signed it.
+    Forgotten,
+    /// Another machine has a copy of the identity; why.
+    Cloned(String),
+}
+
+impl HostRecord {
+    /// What a certificate with this number and the hash of this key is. `AnswerLost` ends once the
+    /// newest is used: whoever sees that takes `previous_key_hash` out of the record.
+    pub fn certificate_use(&self, generation: u64, key_hash: &[u8; 32]) -> CertificateUse {
+        let newest = self.certificate_generation;
+        if generation > newest {
+            return CertificateUse::Forgotten;
+        }
+        if generation == newest && *key_hash == self.key_hash {
+            return CertificateUse::Newest;
+        }
+        let before = generation.checked_add(1) == Some(newest);
+        if before && self.previous_key_hash.as_ref() == Some(key_hash) {
+            return CertificateUse::AnswerLost;
+        }
+        CertificateUse::Cloned(if generation == newest {
+            format!("two certificates with the number {generation} and different keys are in use")
+        } else {
+            format!("certificate {generation} was used after certificate {newest} that followed it")
+        })
+    }
+}
+
 /// Which replica has a host's link. Lives as long as the replica's lease.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ownership {

@@ -17,8 +17,8 @@ mod tenant;
 pub use caller::{Caller, CallerSource};
 pub use command::QueuedCommand;
 pub use host::{
-    HostLife, HostRecord, HostState, Labels, LinkTruth, MISSED_HEARTBEATS, Ownership, check_label,
-    shown_state,
+    CertificateUse, HostLife, HostRecord, HostState, Labels, LinkTruth, MISSED_HEARTBEATS,
+    Ownership, check_label, shown_state,
 };
 pub use identity::{FleetKey, JoinToken, MachineHash, TokenKind, User, UserSource};
 pub use inventory::{HostHealth, Inventory};

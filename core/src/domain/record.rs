@@ -31,6 +31,8 @@ pub enum RecordKey {
     Epoch,
     /// Which Core this is, made once.
     CoreId,
+    /// Whose signatures this Core's identities bear.
+    Authority,
 }
 
 /// A record.
@@ -60,6 +62,15 @@ pub enum Record {
     Epoch(u64),
     /// See [`RecordKey::CoreId`].
     CoreId(String),
+    /// See [`RecordKey::Authority`]: the fingerprint of the CA's certificate.
+    Authority(String),
+}
+
+impl RecordKey {
+    /// Whether the record lives no longer than the replica that wrote it.
+    pub const fn is_leased(&self) -> bool {
+        matches!(self, Self::Owner(_) | Self::Replica(_))
+    }
 }
 
 /// A replica of Core that runs.

@@ -178,8 +178,8 @@ impl Store {
             Arc::clone(&status),
             Arc::clone(&exporting),
             Arc::clone(&queued),
-            observer,
-        );
+        )
+        .observed(observer);
         let thread = thread::Builder::new()
             .name("ghost-store".into())
             .spawn(move || writer.run(&receiver))

@@ -189,7 +189,6 @@ impl Writer {
         status: Arc<Status>,
         exporting: Arc<Mutex<()>>,
         queued: Arc<AtomicUsize>,
-        observer: Option<Observer>,
     ) -> Self {
         let mut writer = Self {
             options,
@@ -203,13 +202,19 @@ impl Writer {
             status,
             exporting,
             queued,
-            observer,
+            observer: None,
             healed_at: None,
             upkeep_at: Instant::now(),
             _lock: opened.lock,
         };
         writer.upkeep();
         writer
+    }
+
+    /// Has somebody told of every batch.
+    pub(super) fn observed(mut self, observer: Option<Observer>) -> Self {
+        self.observer = observer;
+        self
     }
 
     /// Serves until the store is closed or dropped.

@@ -44,7 +44,7 @@ fn may_give(caller: &Caller, role: Role, tenant: Option<&TenantName>) -> Result<
 
 /// A name that people see: 1 to 64 printable characters, without the slash that parts it from its
 /// tenant.
-fn shown_name(name: &str) -> Result<String> {
+pub(super) fn shown_name(name: &str) -> Result<String> {
     let legal = !name.is_empty()
         && name.chars().count() <= 64
         && !name.chars().any(|one| one.is_control() || one == '/');

@@ -149,6 +149,10 @@ impl Tokens {
                     .hint("wait until some of them end"));
                 }
                 let mut draft = state.draft();
+                if let Some(tenant) = token.kind.tenant() {
+                    // Against its removal in the same moment.
+                    draft.unchanged(&RecordKey::Tenant(tenant.clone()));
+                }
                 // Those that have ended tell nobody anything any more.
                 let ended = state.tokens().filter(|one| one.expires_at <= now);
                 for one in ended.take(SWEPT_AT_ONCE) {

@@ -188,6 +188,36 @@ impl Fleet {
         .await
     }
 
+    /// Notes which CA signs for this Core. Once noted it stays: another one would shut out all hosts
+    /// and people, and a replica with a CA of its own would hand out what the others refuse.
+    ///
+    /// # Errors
+    /// `IoFailed` where the records know of another CA; `StoreUnavailable`.
+    pub async fn hold_authority(&self, fingerprint: &str) -> Result<()> {
+        self.transact(|state| {
+            let mut draft = state.draft();
+            match state.authority() {
+                Some(known) if known == fingerprint => {}
+                None => {
+                    let record = Record::Authority(fingerprint.to_owned());
+                    draft.put(RecordKey::Authority, record);
+                }
+                Some(known) => {
+                    return Err(Error::new(
+                        ErrorCode::IoFailed,
+                        "the CA in the data directory is not the one of these records",
+                    )
+                    .because(format!(
+                        "the records know {known}, and the directory holds {fingerprint}"
+                    ))
+                    .hint("copy the folder `identity` of the first replica, or of a backup, into this data directory"));
+                }
+            }
+            Ok(draft.done(()))
+        })
+        .await
+    }
+
     /// How often hosts should be heard, by the configuration; the shown states depend on it.
     pub fn set_intervals(&self, ping: Duration, heartbeat: Duration) {
         *self.intervals.write() = Intervals { ping, heartbeat };
@@ -316,6 +346,23 @@ impl Fleet {
             .filter(|live| live.is_linked())
             .and_then(|live| live.inventory())
             .or_else(|| self.state.read().inventory(host).cloned())
+    }
+
+    /// What all hosts last said of themselves, with their tenants: only pointers are copied, so that
+    /// a reader of all VMs of all hosts holds nobody up.
+    pub fn inventories(&self) -> Vec<(TenantName, Arc<Inventory>)> {
+        let live = self.live.read();
+        let state = self.state.read();
+        state
+            .hosts()
+            .filter_map(|host| {
+                let here = live.get(&host.id).filter(|live| live.is_linked());
+                let inventory = here
+                    .and_then(|live| live.inventory())
+                    .or_else(|| state.inventory(host.id).cloned())?;
+                Some((host.tenant.clone(), inventory))
+            })
+            .collect()
     }
 
     /// A host that is linked here said this of itself. Memory shows it at once; it is stored only

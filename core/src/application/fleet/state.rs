@@ -61,6 +61,7 @@ pub struct FleetState {
     replicas: BTreeMap<String, Versioned<Replica>>,
     epoch: Option<Versioned<u64>>,
     core_id: Option<Versioned<String>>,
+    authority: Option<Versioned<String>>,
 }
 
 /// A command's place in its host's queue: one that ended may have been replaced there by nothing
@@ -78,6 +79,11 @@ impl FleetState {
     /// Which Core this is.
     pub fn core_id(&self) -> &str {
         self.core_id.as_ref().map_or("", |one| &one.value)
+    }
+
+    /// The fingerprint of the CA that signed for this Core's hosts and people, once it is known.
+    pub fn authority(&self) -> Option<&str> {
+        self.authority.as_ref().map(|one| one.value.as_str())
     }
 
     /// The epoch of the records.
@@ -327,6 +333,7 @@ impl FleetState {
             K::Replica(name) => self.replicas.get(name).map(|one| one.version),
             K::Epoch => self.epoch.as_ref().map(|one| one.version),
             K::CoreId => self.core_id.as_ref().map(|one| one.version),
+            K::Authority => self.authority.as_ref().map(|one| one.version),
         }
     }
 
@@ -388,6 +395,7 @@ impl FleetState {
             .map(|(name, one)| (K::Replica(name.clone()), one.version));
         let epoch = self.epoch.iter().map(|one| (K::Epoch, one.version));
         let core_id = self.core_id.iter().map(|one| (K::CoreId, one.version));
+        let authority = self.authority.iter().map(|one| (K::Authority, one.version));
         hosts
             .chain(names)
             .chain(inventories)
@@ -400,6 +408,7 @@ impl FleetState {
             .chain(replicas)
             .chain(epoch)
             .chain(core_id)
+            .chain(authority)
     }
 
     /// Takes in one change.
@@ -499,6 +508,12 @@ impl FleetState {
             (RecordKey::CoreId, record) => {
                 self.core_id = match record {
                     Some(Record::CoreId(value)) => Some(Versioned { version, value }),
+                    _ => None,
+                };
+            }
+            (RecordKey::Authority, record) => {
+                self.authority = match record {
+                    Some(Record::Authority(value)) => Some(Versioned { version, value }),
                     _ => None,
                 };
             }

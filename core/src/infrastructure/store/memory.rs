@@ -57,11 +57,6 @@ struct Faults {
     unreachable: bool,
 }
 
-/// Whether a record lives no longer than the replica that wrote it.
-fn is_leased(key: &RecordKey) -> bool {
-    matches!(key, RecordKey::Owner(_) | RecordKey::Replica(_))
-}
-
 impl MemoryStore {
     /// Empty, for one replica.
     pub fn new() -> Arc<Self> {
@@ -161,7 +156,7 @@ impl Shared {
                     let kept = Kept {
                         record: record.clone(),
                         version,
-                        lease: is_leased(&key).then_some(lease),
+                        lease: key.is_leased().then_some(lease),
                     };
                     self.records.insert(key.clone(), kept);
                     changes.push(RecordChange {
@@ -239,7 +234,7 @@ impl FleetStore for MemoryStore {
     async fn commit(&self, conditions: Vec<Condition>, writes: Vec<Write>) -> Result<Committed> {
         self.reachable()?;
         let lost = self.lost.load(Ordering::SeqCst);
-        let leases = |write: &Write| matches!(write, Write::Put(key, _) if is_leased(key));
+        let leases = |write: &Write| matches!(write, Write::Put(key, _) if key.is_leased());
         if lost && writes.iter().any(leases) {
             return Err(unavailable());
         }
