@@ -3,7 +3,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use ghost_domain::ports::IssuedCertificate;
-use ghost_domain::{CredentialId, ErrorCode, HostId, Result, Role, TenantName};
+use ghost_domain::{CredentialId, ErrorCode, HostId, Result, Role, TenantName, Timestamp};
 use ghost_infrastructure::clock::SystemClock;
 
 use super::*;
@@ -11,7 +11,9 @@ use crate::application::callers::{Callers, Proof};
 use crate::application::fleet::Fleet;
 use crate::application::quota_check::Admission;
 use crate::domain::ports::FleetAuthority;
-use crate::domain::{CallerSource, Labels, Quota, Record, RecordKey, User, UserSource};
+use crate::domain::{
+    CallerSource, Labels, PeerIdentity, Quota, Record, RecordKey, User, UserSource,
+};
 use crate::infrastructure::store::MemoryStore;
 
 async fn fleet() -> Arc<Fleet> {
@@ -228,6 +230,14 @@ impl FleetAuthority for Seal {
 
     async fn sign_user(&self, _: &str, _: CredentialId, _: &str) -> Result<IssuedCertificate> {
         unreachable!("a token signs nothing")
+    }
+
+    fn peer(&self, _: &[u8]) -> Result<PeerIdentity> {
+        unreachable!("a token is no certificate")
+    }
+
+    fn former_peer(&self, _: &str, _: &str, _: &[u8]) -> Result<(PeerIdentity, Timestamp)> {
+        unreachable!("a token is no certificate")
     }
 
     fn fingerprint(&self) -> String {

@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use ghost_domain::fleet::{CorePermissions, FleetFacts};
 use ghost_domain::ports::IssuedCertificate;
-use ghost_domain::{Error, ErrorCode, HostId, HostName, Result, Secret, TenantName, Timestamp};
+use ghost_domain::{Error, ErrorCode, HostId, HostName, Result, Secret, TenantName};
 
 use super::token::{HOST_PREFIX, ShownToken};
 use crate::application::fleet::{Fleet, FleetState};
