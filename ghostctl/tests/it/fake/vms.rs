@@ -39,6 +39,7 @@ pub(crate) fn vm(name: &str) -> Vm {
             since: moment(-3600),
         }],
         tags: [("env".to_owned(), "test".to_owned())].into(),
+        owner: String::new(),
         generation: 3,
         created_at: moment(-3 * 3600),
         operation_id: String::new(),
