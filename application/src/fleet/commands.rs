@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use ghost_domain::fleet::{
     CommandAction, CommandOutcome, CommandStatus, CreateVmCommand as CreateAction, FleetCommand,
-    Verdict,
+    FleetPrincipal, RefusedCommand, Verdict,
 };
 use ghost_domain::ports::Change;
 use ghost_domain::{
@@ -82,6 +82,56 @@ impl Commands {
                 if follows {
                     self.wait_with(command);
                 }
+                None
+            }
+        }
+    }
+
+    /// Refuses a command whose contents cannot be read. It takes its place in the order like another
+    /// one, or those after it would wait for it for ever.
+    pub(super) async fn refuse(&self, refused: RefusedCommand) -> Option<CommandOutcome> {
+        let _one = self.one_at_a_time.lock().await;
+        let outcome = refused.outcome();
+        // Only its place is looked at.
+        let place = FleetCommand {
+            id: refused.id,
+            epoch: refused.epoch,
+            generation: refused.generation,
+            previous: refused.previous,
+            deadline: refused.at,
+            issuer: FleetPrincipal {
+                name: String::new(),
+                tenant: None,
+                role: Role::Viewer,
+            },
+            action: CommandAction::StartVm { vm: String::new() },
+        };
+        let (verdict, epoch) = self.registry.read(|model| {
+            let ledger = &model.fleet_ledger;
+            (ledger.judge(&place, refused.at), ledger.epoch)
+        });
+        match verdict {
+            Verdict::Take | Verdict::Expired => {}
+            Verdict::Known(known) => return known.or(Some(outcome)),
+            Verdict::Stale(_) if refused.epoch < epoch => return Some(outcome),
+            Verdict::Stale(_) => return None,
+        }
+        let kept = outcome.clone();
+        let kept = self
+            .registry
+            .transact(move |model| {
+                let next = ledger::taken(&model.fleet_ledger, &place, kept)?;
+                Ok(Decision::of((), vec![Change::PutFleetLedger(next)]))
+            })
+            .await;
+        match kept {
+            Ok(()) => {
+                tracing::warn!(command = %refused.id, error = %refused.error, "a command of Core cannot be read");
+                self.woken.notify_one();
+                Some(outcome)
+            }
+            Err(error) => {
+                tracing::warn!(command = %refused.id, %error, "the refusal of a command of Core cannot be kept");
                 None
             }
         }

@@ -18,7 +18,7 @@ use std::sync::{Arc, OnceLock};
 use async_trait::async_trait;
 use ghost_domain::fleet::{
     CommandOutcome, CommandStatus, CorePermissions, FleetCommand, FleetLedger, HeartbeatReport,
-    LinkState,
+    LinkState, RefusedCommand,
 };
 use ghost_domain::ports::{Change, CoreLink, CoreLinkHandler};
 use ghost_domain::{Error, ErrorCode, EventKind, Result};
@@ -217,6 +217,16 @@ impl CoreLinkHandler for Fleet {
             .await
             .unwrap_or_else(|failure| {
                 tracing::error!(%failure, "taking a command of Core ended abnormally");
+                None
+            })
+    }
+
+    async fn refuse(&self, refused: RefusedCommand) -> Option<CommandOutcome> {
+        let commands = Arc::clone(&self.commands);
+        tokio::spawn(async move { commands.refuse(refused).await })
+            .await
+            .unwrap_or_else(|failure| {
+                tracing::error!(%failure, "refusing a command of Core ended abnormally");
                 None
             })
     }

@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use ghost_application::vm::StopCommand;
 use ghost_domain::fleet::{
-    CommandAction, CommandStatus, CorePermissions, CreateVmCommand, FleetLedger,
+    CommandAction, CommandStatus, CorePermissions, CreateVmCommand, FleetLedger, RefusedCommand,
 };
 use ghost_domain::ports::{CoreLinkHandler, HypervisorEvent};
 use ghost_domain::vm::ObservedPower;
-use ghost_domain::{ErrorCode, Role};
+use ghost_domain::{CommandId, Error, ErrorCode, Role};
 
 use super::{CORE, Joined, alice, create, delete};
 use crate::world::{Agent, Guest, World};
@@ -301,4 +301,34 @@ async fn new_outcomes_wake_the_link_and_known_ones_do_not() {
             .await
             .is_err()
     );
+}
+
+#[tokio::test]
+async fn a_command_that_cannot_be_read_takes_its_place_and_holds_nothing_up() {
+    let joined = Joined::with(CorePermissions::Operate).await;
+    let unreadable = RefusedCommand {
+        id: CommandId::random(),
+        epoch: 1,
+        generation: 2,
+        previous: 1,
+        error: Error::new(
+            ErrorCode::InvalidArgument,
+            "this agent does not know the command",
+        ),
+        at: joined.world.now(),
+    };
+    assert_eq!(
+        joined.fleet.refuse(unreadable.clone()).await,
+        None,
+        "the one before it has not come"
+    );
+    joined.done(1, create("web", false)).await;
+    let refused = joined.fleet.refuse(unreadable.clone()).await.unwrap();
+    assert_eq!(refused.status, CommandStatus::Refused);
+    assert_eq!(joined.fleet.refuse(unreadable).await, Some(refused));
+    assert_eq!(
+        joined.done(3, start("web")).await.status,
+        CommandStatus::Succeeded
+    );
+    assert_eq!(joined.fleet.ledger(CORE), (1, 3));
 }
