@@ -745,3 +745,45 @@ async fn ready<T>(slot: &mut Option<BoxFuture<'static, T>>) -> T {
         None => std::future::pending().await,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lost_address_is_told_from_a_present_one() {
+        assert!(!lost_address(None));
+        assert!(!lost_address(Some(([127, 0, 0, 1], 4242).into())));
+        // TEST-NET-1 (RFC 5737), which no host has.
+        assert!(lost_address(Some(([192, 0, 2, 7], 4242).into())));
+    }
+
+    #[test]
+    fn goodbyes_are_understood_and_bounded() {
+        let goodbye = |code: &str, address: &str, seconds| {
+            farewell(proto::Goodbye {
+                code: code.into(),
+                message: "a\u{1b}[2Jb".into(),
+                address: address.into(),
+                retry_after: Some(prost_types::Duration { seconds, nanos: 0 }),
+            })
+        };
+        for code in ["revoked", "unknown_host", "cloned_identity"] {
+            let End::Refused(reason) = goodbye(code, "", 0) else {
+                panic!("{code}");
+            };
+            assert_eq!(reason, format!("{code}: a[2Jb"));
+        }
+        let again = |end| match end {
+            End::Again { after, address, .. } => (after.as_secs(), address),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(
+            again(goodbye("not_the_owner", "core-2:7443", 3)),
+            (3, Some("core-2:7443".into()))
+        );
+        assert_eq!(again(goodbye("replaced", "no address", -5)), (0, None));
+        assert_eq!(again(goodbye("shutting_down", "", 1 << 40)), (600, None));
+        assert_eq!(again(goodbye("unsupported_version", "", 0)), (600, None));
+    }
+}

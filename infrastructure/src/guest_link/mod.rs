@@ -42,8 +42,8 @@ use ghost_domain::{Error, ErrorCode, Result, VmId};
 use parking_lot::RwLock;
 use tokio::runtime::Handle;
 
-pub(crate) use program::missing as missing_program;
 pub use clean::text as clean_text;
+pub(crate) use program::missing as missing_program;
 pub use program::{GuestProgram, MOST_PROGRAM_BYTES, PROGRAM_NAME};
 
 use events::Broadcast;
