@@ -32,6 +32,7 @@ pub(crate) const LOCK_FILE: &str = "agent.lock";
 pub(crate) struct Composition {
     pub(crate) application: Application,
     pub(crate) authority: Arc<Authority>,
+    pub(crate) clock: Arc<dyn Clock>,
 }
 
 /// Reads and opens everything that blocks; call it outside async code. libvirt need not be there.
@@ -127,13 +128,15 @@ impl Adapters {
                 telemetry_interval: config.guest.telemetry_interval,
                 ..GuestOptions::default()
             },
-            core_permissions: Default::default(),
+            core_permissions: config.core.permissions.0,
             failpoints: crate::failpoints::from_environment()?,
         };
+        let clock = Arc::clone(&self.ports.clock);
         let application = Application::start(self.ports, options).await?;
         Ok(Composition {
             application,
             authority: self.authority,
+            clock,
         })
     }
 }

@@ -4,6 +4,7 @@ mod compose;
 mod config;
 mod doctor;
 mod failpoints;
+mod fleet;
 mod report;
 mod run;
 
@@ -43,6 +44,18 @@ enum Command {
         #[arg(short, long, value_enum, default_value = "text")]
         output: doctor::Output,
     },
+    /// Join a fleet: one outbound link to Ghost Core, and this host is one of its hosts.
+    ///
+    /// Makes this host's key and gets a certificate for it, by a single-use token from
+    /// `ghost-core token create`. No port is opened. A running agent connects by itself; what Core
+    /// may do then is core.permissions of the configuration.
+    Enroll(fleet::EnrollArguments),
+    /// Leave the fleet: removes this host's key and certificate. A running agent ends its link.
+    Unenroll {
+        /// The configuration; /etc/ghost/agent.yaml where that exists, else the defaults.
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+    },
     /// Print the version.
     Version,
     /// Opens a state store on trial, for the agent itself.
@@ -70,6 +83,12 @@ fn main() -> ExitCode {
             let (mut out, mut errors) = (std::io::stdout().lock(), std::io::stderr().lock());
             config::execute(&command, &mut out, &mut errors)
                 .map_or(ExitCode::FAILURE, ExitCode::from)
+        }
+        Command::Enroll(arguments) => report::with_config(arguments.config.as_deref(), |loaded| {
+            fleet::enroll(&loaded, &arguments)
+        }),
+        Command::Unenroll { config } => {
+            report::with_config(config.as_deref(), |loaded| fleet::unenroll(&loaded))
         }
         Command::Version => report::say(&format!("ghost-agent {}", env!("CARGO_PKG_VERSION"))),
         Command::StoreProbe { directory } => ghost_infrastructure::store::probe_main(&directory),

@@ -16,7 +16,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ghost_application::UseCases;
+use ghost_domain::ports::CoreLink;
 use ghost_domain::{Error, ErrorCode, Result};
+use ghost_infrastructure::core_link::CoreLinkService;
 use ghost_infrastructure::host;
 use ghost_infrastructure::identity::{ServerNames, ServerTls, parse_client_identity};
 use ghost_infrastructure::notify::{self, Notifier};
@@ -24,8 +26,8 @@ use ghost_infrastructure::telemetry::{self, OtlpOptions, TelemetryOptions};
 use ghost_presentation::convert::AgentInfo;
 use ghost_presentation::metrics::Recorder;
 use ghost_presentation::{
-    ConnectionLimits, Listener, LocalSocket, PeerCertificate, SOCKET_GROUP, TraceParent, grpc,
-    http, metrics,
+    ConnectionLimits, Listener, LocalSocket, PeerCertificate, SOCKET_GROUP, TraceParent,
+    core_listeners, grpc, http, metrics,
 };
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -35,6 +37,7 @@ use tokio_util::sync::CancellationToken;
 use crate::compose::{self, Adapters};
 use crate::config::{Config, Listen, Loaded};
 use crate::doctor;
+use crate::fleet;
 
 /// Few cores are ours, and what blocks has threads of its own.
 const WORKERS: usize = 2;
@@ -168,15 +171,38 @@ async fn serve(config: Config) -> Result<()> {
     let recorder = Recorder::new();
     let stop = CancellationToken::new();
     let mut servers = JoinSet::new();
+    let grpc_address = bound
+        .grpc
+        .as_ref()
+        .filter(|_| config.grpc.tls)
+        .and_then(|listener| listener.local_addr().ok());
+    let link = open_link(&config, &composition, grpc_address).await;
+    let piko = fleet::piko(&config)?;
+    let core = link.as_ref().and_then(|link| link.incoming());
     spawn_servers(
         &mut servers,
         &config,
         bound,
+        core.map(core_listeners),
         &use_cases,
         &recorder,
         &tls,
         &stop,
     )?;
+    if let Some(link) = link {
+        let (data_dir, stop) = (config.agent.data_dir.path().to_owned(), stop.clone());
+        servers.spawn(async move {
+            fleet::run_link(link, data_dir, stop).await;
+            Ok(())
+        });
+    }
+    if let (Some(piko), Some(target)) = (piko, grpc_address) {
+        let stop = stop.clone();
+        servers.spawn(async move {
+            fleet::run_piko(piko, of_this_host(target), stop).await;
+            Ok(())
+        });
+    }
     let notifier = Notifier::from_environment();
     servers.spawn(watchdog(
         Notifier::from_environment(),
@@ -214,6 +240,35 @@ async fn serve(config: Config) -> Result<()> {
     match failure {
         Some(Err(error)) => Err(error),
         Some(Ok(())) | None => drained,
+    }
+}
+
+/// Opens the link to Core and makes it known to those who ask about it.
+async fn open_link(
+    config: &Arc<Config>,
+    composition: &compose::Composition,
+    grpc_address: Option<SocketAddr>,
+) -> Option<Arc<CoreLinkService>> {
+    let handler = composition.application.fleet();
+    let (config, clock) = (Arc::clone(config), Arc::clone(&composition.clock));
+    // Others cannot reach what listens on loopback.
+    let port = grpc_address
+        .filter(|address| !address.ip().is_loopback())
+        .map(|address| address.port());
+    let within = Arc::clone(&handler);
+    let opened =
+        tokio::task::spawn_blocking(move || fleet::open_link(&config, port, within, clock)).await;
+    let link = opened.ok().flatten()?;
+    handler.attach(Arc::clone(&link) as Arc<dyn CoreLink>);
+    Some(link)
+}
+
+/// The address of this host by which a listener of ours is reached from within.
+fn of_this_host(address: SocketAddr) -> SocketAddr {
+    match address {
+        SocketAddr::V4(v4) if v4.ip().is_unspecified() => (Ipv4Addr::LOCALHOST, v4.port()).into(),
+        SocketAddr::V6(v6) if v6.ip().is_unspecified() => (Ipv6Addr::LOCALHOST, v6.port()).into(),
+        other => other,
     }
 }
 
@@ -273,10 +328,15 @@ async fn listen(key: &str, what: &str, listen: &Listen) -> Result<Option<TcpList
     Ok(Some(listener))
 }
 
+#[expect(
+    clippy::too_many_arguments,
+    reason = "everything that is served, once, at the start"
+)]
 fn spawn_servers(
     servers: &mut JoinSet<Result<()>>,
     config: &Config,
     bound: Bound,
+    core: Option<(Listener, Listener)>,
     use_cases: &Arc<UseCases>,
     recorder: &Arc<Recorder>,
     tls: &Arc<ServerTls>,
@@ -302,6 +362,8 @@ fn spawn_servers(
             Listener::Plain(listener)
         });
     }
+    let (core_grpc, core_http) = core.unzip();
+    listeners.extend(core_grpc);
     let options = grpc::Options {
         agent: agent.clone(),
         certificates: Some(Arc::new(|der| {
@@ -326,7 +388,7 @@ fn spawn_servers(
         options,
         stop.clone(),
     ));
-    if let Some(listener) = bound.http {
+    if bound.http.is_some() || core_http.is_some() {
         let options = http::Options {
             agent: agent.clone(),
             trace: Some(trace),
@@ -338,12 +400,13 @@ fn spawn_servers(
             options,
             stop.clone(),
         );
-        let listener = if config.http.tls {
-            Listener::Tls(listener, tls.http_config()?)
-        } else {
-            Listener::Plain(listener)
+        let listener = match bound.http {
+            Some(listener) if config.http.tls => Some(Listener::Tls(listener, tls.http_config()?)),
+            listener => listener.map(Listener::Plain),
         };
-        servers.spawn(serve_http(listener, router, stop.clone()));
+        for listener in listener.into_iter().chain(core_http) {
+            servers.spawn(serve_http(listener, router.clone(), stop.clone()));
+        }
     }
     if let Some(listener) = bound.metrics {
         let router = metrics::router(Arc::clone(use_cases), Arc::clone(recorder), agent);

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use ghost_infrastructure::config::Judge;
+use ghost_infrastructure::config::{Judge, Listen};
 
 use super::Config;
 
@@ -77,6 +77,38 @@ pub(super) fn check(config: &Config, judge: &mut Judge<'_>) {
             "guest.hold_off_most",
             "at least as long as guest.hold_off, and at most 1h".into(),
             "leave it out for 5m".into(),
+        );
+    }
+    if config.piko.server_url.is_some() != config.piko.endpoint.is_some() {
+        problem(
+            "piko.endpoint",
+            "piko.server_url and piko.endpoint belong together".into(),
+            "set both, or neither".into(),
+        );
+    }
+    if config.piko.server_url.is_some() && (config.grpc.listen == Listen::Off || !config.grpc.tls) {
+        problem(
+            "piko.server_url",
+            "what comes through Piko is carried to the gRPC listener with TLS, and there is none"
+                .into(),
+            "set grpc.listen and grpc.tls: true".into(),
+        );
+    }
+    let reconnect = &config.piko.reconnect;
+    if reconnect.initial_delay < Duration::from_millis(100)
+        || reconnect.max_delay < reconnect.initial_delay
+    {
+        problem(
+            "piko.reconnect.initial_delay",
+            "at least 100ms, and not longer than piko.reconnect.max_delay".into(),
+            "leave both out for 1s and 60s".into(),
+        );
+    }
+    if reconnect.multiplier.percent() < 100 {
+        problem(
+            "piko.reconnect.multiplier",
+            "waits would become shorter".into(),
+            "write at least 1.0, or leave it out for 2.0".into(),
         );
     }
     if config.telemetry.timeout.is_zero() {

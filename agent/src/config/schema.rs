@@ -7,7 +7,9 @@
 use std::time::Duration;
 
 use ghost_domain::ByteSize;
+use ghost_domain::fleet::CorePermissions;
 use ghost_domain::guest::GuestInject;
+use ghost_infrastructure::core_link::direct::Provider;
 use ghost_infrastructure::libvirt::AcceleratorChoice;
 use ghost_infrastructure::store::Engine;
 use ghost_infrastructure::telemetry::LogFormat;
@@ -18,7 +20,9 @@ use ghost_infrastructure::config::{
 };
 use ghost_infrastructure::config_sections;
 
-use super::value::{HypervisorUri, LibvirtNetwork};
+use super::value::{
+    AddressProvider, HypervisorUri, LibvirtNetwork, Permissions, PikoEndpoint, PikoServer,
+};
 
 config_sections! {
     /// The whole configuration.
@@ -41,6 +45,8 @@ config_sections! {
         metrics: section<Metrics> = Metrics::default(),
         /// See [`Core`].
         core: section<Core> = Core::default(),
+        /// See [`Piko`].
+        piko: section<Piko> = Piko::default(),
         /// See [`Guest`].
         guest: section<Guest> = Guest::default(),
         /// See [`Store`].
@@ -117,6 +123,8 @@ config_sections! {
     Network {
         /// The libvirt network behind Ghost's network `default`; made where it is absent.
         name: key<LibvirtNetwork> = LibvirtNetwork("ghost-default".into()),
+        /// Where addresses come from by which Core could dial this host itself.
+        provider: key<AddressProvider> = AddressProvider(Provider::None),
     }
 
     /// The gRPC API.
@@ -153,8 +161,38 @@ config_sections! {
         insecure: key<bool> = false,
     }
 
-    /// The link to Ghost Core; no keys yet.
-    Core {}
+    /// What Ghost Core may do on this host. All else of the link is Core's to say.
+    Core {
+        /// What its principals may do.
+        permissions: key<Permissions> = Permissions(CorePermissions::OperateAndEnter),
+    }
+
+    /// Another way in, through a Piko server.
+    Piko {
+        /// The server; nothing is dialled where it is left out.
+        server_url: key<Option<PikoServer>> = None,
+        /// This host's endpoint there.
+        endpoint: key<Option<PikoEndpoint>> = None,
+        /// The file with the token; none is shown where it is left out.
+        token_file: key<Option<FullPath>> = None,
+        /// The tenant, for servers that have them.
+        tenant: key<Option<Name>> = None,
+        /// The authorities that the server's certificate may be of; the system's where it is left
+        /// out.
+        ca_file: key<Option<FullPath>> = None,
+        /// See [`Reconnect`].
+        reconnect: section<Reconnect> = Reconnect::default(),
+    }
+
+    /// When Piko is dialled again.
+    Reconnect {
+        /// The first wait.
+        initial_delay: key<Duration> = Duration::from_secs(1),
+        /// The longest.
+        max_delay: key<Duration> = Duration::from_secs(60),
+        /// Each is so many times the one before.
+        multiplier: key<Ratio> = Ratio(200),
+    }
 
     /// The agent inside guests.
     Guest {

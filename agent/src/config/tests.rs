@@ -61,6 +61,7 @@ fn the_sections_are_those_of_the_contract() {
             "http",
             "metrics",
             "core",
+            "piko",
             "guest",
             "store",
             "logging",
@@ -81,6 +82,14 @@ fn the_sections_are_those_of_the_contract() {
         "resources.reserved.memory",
         "resources.reserved.disk",
         "store.engine",
+        "core.permissions",
+        "network.provider",
+        "piko.server_url",
+        "piko.endpoint",
+        "piko.token_file",
+        "piko.reconnect.initial_delay",
+        "piko.reconnect.max_delay",
+        "piko.reconnect.multiplier",
     ] {
         assert!(keys.iter().any(|key| key == fixed), "{fixed}");
     }

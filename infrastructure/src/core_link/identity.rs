@@ -338,6 +338,30 @@ impl IdentityFolder {
         Ok(())
     }
 
+    /// The host that stands there, by the name of its folder alone.
+    pub(super) fn host(&self) -> Option<HostId> {
+        let current = fs::read_link(self.folder.join(CURRENT)).ok()?;
+        current.to_str()?.get(..36)?.parse().ok()
+    }
+
+    /// Removes the identity with all that belongs to it; what it was, where it could be read.
+    pub(super) fn leave(&self) -> Result<Option<FleetIdentity>> {
+        let current = self.folder.join(CURRENT);
+        if fs::symlink_metadata(&current).is_err() {
+            return Err(Error::new(
+                ErrorCode::NotEnrolled,
+                "this host has not joined a fleet",
+            ));
+        }
+        let was = self.load().ok().flatten().map(|one| one.identity);
+        // First the name: from here on there is no identity, whatever comes of the rest.
+        fs::remove_file(&current)
+            .and_then(|()| fs::File::open(&self.folder)?.sync_all())
+            .and_then(|()| fs::remove_dir_all(&self.folder))
+            .map_err(self.failed("remove the identity"))?;
+        Ok(was)
+    }
+
     /// The Core that greeted first.
     pub(super) fn core_id(&self) -> Result<Option<String>> {
         files::read(&self.folder.join(CORE_ID)).map_err(self.failed("read"))

@@ -29,14 +29,14 @@ mod tests;
 mod tls;
 mod token;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use ghost_domain::fleet::{CorePermissions, FleetIdentity, LinkState};
 use ghost_domain::ports::{Clock, CoreLink, CoreLinkHandler};
-use ghost_domain::{ErrorCode, Result};
+use ghost_domain::{ErrorCode, HostId, Result};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -424,6 +424,21 @@ impl CoreLinkService {
             }
         }
     }
+}
+
+/// The host that stands in the identity of a data folder, whether or not the rest of it can be used.
+/// Reads the disk.
+pub fn enrolled_host(data_dir: &Path) -> Option<HostId> {
+    IdentityFolder::new(data_dir).host()
+}
+
+/// Leaves the fleet, as far as this host is concerned: removes its key, its certificate and all else
+/// of its identity. `None` where that could not be read.
+///
+/// # Errors
+/// `NotEnrolled`; `IoFailed` where it cannot be removed.
+pub fn unenrol(data_dir: &Path) -> Result<Option<FleetIdentity>> {
+    IdentityFolder::new(data_dir).leave()
 }
 
 impl CoreLink for CoreLinkService {
