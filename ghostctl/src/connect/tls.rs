@@ -4,6 +4,11 @@
 //! So "signed by this CA, for use as a server" says exactly "this agent", whatever name or address
 //! it is reached by (port forwards, changed addresses, several networks): names are not compared,
 //! and the certificates that the CA gave to clients cannot pass, as they are not for servers.
+//!
+//! The CA of a Ghost Core also signs for its hosts, and Core dials those: their certificates are for
+//! servers too. What tells them from Core is their SPIFFE id. A certificate with one is taken only
+//! where it is Core's own, `spiffe://<trust domain>/core`; otherwise each host of a fleet could play
+//! Core to its operators.
 
 use std::fmt;
 use std::io;
@@ -27,6 +32,8 @@ use sha2::{Digest, Sha256};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, client::TlsStream};
+use x509_parser::extensions::GeneralName;
+use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::endpoint::Endpoint;
 use crate::errors::{ErrorCode, Failure};
@@ -119,6 +126,26 @@ impl fmt::Debug for Verifier {
     }
 }
 
+/// Whether a server certificate is one of an agent or of Core, and not that of a host in a fleet.
+fn may_be_dialled(certificate: &[u8]) -> bool {
+    let Ok((_, parsed)) = X509Certificate::from_der(certificate) else {
+        return false;
+    };
+    let Ok(names) = parsed.subject_alternative_name() else {
+        return false;
+    };
+    let names = names.map(|names| names.value.general_names.as_slice());
+    names.unwrap_or_default().iter().all(|name| match name {
+        GeneralName::URI(uri) => match uri.strip_prefix("spiffe://") {
+            Some(id) => id
+                .split_once('/')
+                .is_some_and(|(domain, path)| !domain.is_empty() && path == "core"),
+            None => true,
+        },
+        _ => true,
+    })
+}
+
 impl ServerCertVerifier for Verifier {
     fn verify_server_cert(
         &self,
@@ -146,6 +173,9 @@ impl ServerCertVerifier for Verifier {
             now,
             self.algorithms.all,
         )?;
+        if !may_be_dialled(end_entity) {
+            return Err(CertificateError::ApplicationVerificationFailure.into());
+        }
         Ok(ServerCertVerified::assertion())
     }
 
@@ -341,5 +371,62 @@ pub(super) fn failure(error: &TlsError, endpoint: &Endpoint, context: Option<&st
         )
         .because(error)
         .hint("is that the agent's gRPC port, and not its HTTP port?"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
+
+    use super::*;
+
+    /// Whether a server with these URIs, of the CA that is trusted, is taken for the one dialled.
+    fn is_taken(uris: &[&str]) -> bool {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let authority = params.self_signed(&key).unwrap().der().clone();
+        let issuer = Issuer::new(params, key);
+        let mut params = CertificateParams::new(vec!["core.example".into()]).unwrap();
+        params.subject_alt_names.extend(
+            uris.iter()
+                .map(|uri| SanType::URI((*uri).to_owned().try_into().unwrap())),
+        );
+        params.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ServerAuth];
+        let leaf = params
+            .signed_by(&KeyPair::generate().unwrap(), &issuer)
+            .unwrap();
+        let verifier = Verifier {
+            trust: Trust::Authority(authority),
+            algorithms: aws_lc_rs::default_provider().signature_verification_algorithms,
+        };
+        verifier
+            .verify_server_cert(
+                leaf.der(),
+                &[],
+                &ServerName::try_from("core.example").unwrap(),
+                &[],
+                UnixTime::now(),
+            )
+            .is_ok()
+    }
+
+    #[test]
+    fn a_host_of_a_fleet_cannot_play_its_core() {
+        assert!(is_taken(&[]), "an agent's own certificate has no such name");
+        assert!(is_taken(&["spiffe://fleet.example/core"]));
+        for other in [
+            "spiffe://fleet.example/tenant/acme/host/8d7f0000-0000-4000-8000-000000000001",
+            "spiffe://fleet.example/replica/core",
+            "spiffe://fleet.example/tenant/acme/core",
+            "spiffe:///core",
+            "spiffe://core",
+        ] {
+            assert!(!is_taken(&[other]), "{other}");
+            assert!(
+                !is_taken(&["spiffe://fleet.example/core", other]),
+                "{other}"
+            );
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! TLS 1.3 to Core: who answers is told by Core's own CA and by the name `spiffe://<trust
-//! domain>/core` in the certificate, not by DNS. A host's certificate is of the same CA, has another
-//! name and is not for servers, so no host can play Core.
+//! domain>/core` in the certificate, not by DNS. A host's certificate is of the same CA and has
+//! another name, so no host can play Core.
 
 use std::fmt;
 use std::io;
