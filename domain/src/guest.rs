@@ -594,6 +594,21 @@ pub struct AuditRecord {
     pub duration: Option<Duration>,
     /// The request that it belongs to, as the log and traces have it.
     pub request_id: String,
+    /// In the log of a fleet: what a host's own log has no need of.
+    pub fleet: Option<FleetAuditPart>,
+}
+
+/// What the log of a fleet says beside what each host's says.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct FleetAuditPart {
+    /// The tenant of who did it; empty: of none.
+    pub tenant: String,
+    /// How they proved who they are.
+    pub source: String,
+    /// The host that it was done to, as its id; empty where none is concerned.
+    pub host: String,
+    /// The tenant of that host.
+    pub host_tenant: String,
 }
 
 /// What a check of the audit log found.

@@ -6,6 +6,7 @@ pub mod callers;
 pub mod desk;
 pub mod enrolment;
 pub mod fleet;
+pub mod health;
 pub mod hosts;
 pub mod links;
 pub mod placement;

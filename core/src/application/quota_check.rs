@@ -179,12 +179,16 @@ impl Snapshot {
         self
     }
 
-    /// What all VMs of the tenant's hosts use, or those of one owner.
+    /// What all VMs that were made through Core on the tenant's hosts use, or those of one owner.
+    /// What the owner of a host made on it by himself is his own business.
     fn used(&self, owner: Option<&str>) -> Usage {
         let mut usage = Usage::default();
         let told = self.hosts.iter().filter_map(|view| view.inventory.as_ref());
         for vm in told.flat_map(|inventory| inventory.vms.values()) {
-            if owner.is_none_or(|owner| vm.owner.as_deref() == Some(owner)) {
+            let Some(made_by) = vm.owner.as_deref() else {
+                continue;
+            };
+            if owner.is_none_or(|owner| made_by == owner) {
                 usage = usage.with(vm.demand);
             }
         }

@@ -36,6 +36,14 @@ impl TokenKind {
             Self::Operator { tenant, .. } => tenant.as_ref(),
         }
     }
+
+    /// The role of a person who joins with it; `None`: it is for a host.
+    pub const fn role(&self) -> Option<Role> {
+        match self {
+            Self::Host { .. } => None,
+            Self::Operator { role, .. } => Some(*role),
+        }
+    }
 }
 
 /// A single-use token.

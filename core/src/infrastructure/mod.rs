@@ -1,4 +1,5 @@
 //! The adapters behind Core's ports.
 
+pub mod audit;
 pub mod authority;
 pub mod store;

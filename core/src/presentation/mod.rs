@@ -1,3 +1,12 @@
 //! Core's shells: gRPC, the way through to hosts, HTTP, metrics.
+//!
+//! Start reading at [`grpc::Front`]: every connection of people, programs, hosts that enrol and other
+//! replicas comes to it. A call for a host goes on through [`route::Router`], all others to the
+//! services of Core itself.
 
+mod convert;
+pub mod grpc;
+mod peer;
 pub mod route;
+
+pub use peer::{Peer, PeerKind};

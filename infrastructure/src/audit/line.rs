@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use ghost_domain::Timestamp;
-use ghost_domain::guest::{AuditEntry, AuditRecord};
+use ghost_domain::guest::{AuditEntry, AuditRecord, FleetAuditPart};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -16,7 +16,9 @@ const AFTER_HASH: &str = "\"}";
 const SUFFIX: usize = BEFORE_HASH.len() + 64 + AFTER_HASH.len();
 /// What a line may hold of one text; the rest is told by its length.
 const MOST_TEXT: usize = 16 * 1024;
-/// Longer than any line: eight texts, each byte escaped by six.
+/// What it may hold of a name, in characters.
+const MOST_NAME: usize = 128;
+/// Longer than any line: eight texts, each byte escaped by six, and four names.
 pub(super) const MOST_LINE: usize = 1 << 20;
 
 #[derive(Serialize, Deserialize)]
@@ -33,6 +35,17 @@ struct Line<'a> {
     bytes_out: u64,
     duration_micros: Option<u64>,
     request_id: Text<'a>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    fleet: Option<Fleet<'a>>,
+}
+
+/// Lines of a fleet's log only.
+#[derive(Serialize, Deserialize)]
+struct Fleet<'a> {
+    tenant: Text<'a>,
+    source: Text<'a>,
+    host: Text<'a>,
+    host_tenant: Text<'a>,
 }
 
 type Text<'a> = std::borrow::Cow<'a, str>;
@@ -51,6 +64,11 @@ fn bounded(text: &str) -> Text<'_> {
         &text[..end],
         text.len() - end
     ))
+}
+
+/// A name of ours, which is short: what is longer is none.
+fn name(text: &str) -> Text<'_> {
+    Text::Owned(text.chars().take(MOST_NAME).collect())
 }
 
 fn hash(previous: &[u8; 32], content: &[u8]) -> [u8; 32] {
@@ -82,6 +100,12 @@ pub(super) fn write(
             .duration
             .map(|duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)),
         request_id: bounded(&record.request_id),
+        fleet: record.fleet.as_ref().map(|fleet| Fleet {
+            tenant: name(&fleet.tenant),
+            source: name(&fleet.source),
+            host: name(&fleet.host),
+            host_tenant: name(&fleet.host_tenant),
+        }),
     };
     let mut bytes = serde_json::to_vec(&line)?;
     // The closing brace comes behind the hash.
@@ -110,6 +134,12 @@ impl Line<'_> {
                 bytes_out: self.bytes_out,
                 duration: self.duration_micros.map(Duration::from_micros),
                 request_id: self.request_id.into_owned(),
+                fleet: self.fleet.map(|fleet| FleetAuditPart {
+                    tenant: fleet.tenant.into_owned(),
+                    source: fleet.source.into_owned(),
+                    host: fleet.host.into_owned(),
+                    host_tenant: fleet.host_tenant.into_owned(),
+                }),
             },
             hash,
         }

@@ -94,6 +94,29 @@ impl FileAuditLog {
         Ok(Self { folder, commands })
     }
 
+    /// The newest entries that are wanted, oldest first; at most `limit`, and 10,000.
+    ///
+    /// # Errors
+    /// `IoFailed`.
+    pub async fn find(
+        &self,
+        limit: usize,
+        wanted: impl Fn(&AuditEntry) -> bool + Send + 'static,
+    ) -> Result<Vec<AuditEntry>> {
+        let extent = self.ask(Command::Extent).await?;
+        let folder = self.folder.clone();
+        blocking_long(move |cancellation| {
+            list(
+                &folder,
+                &extent,
+                limit.min(MOST_LISTED),
+                wanted,
+                cancellation,
+            )
+        })
+        .await
+    }
+
     async fn ask<T>(
         &self,
         command: impl FnOnce(oneshot::Sender<Result<T>>) -> Command,
@@ -159,21 +182,10 @@ impl AuditLog for FileAuditLog {
         since: Option<Timestamp>,
         limit: usize,
     ) -> Result<Vec<AuditEntry>> {
-        let extent = self.ask(Command::Extent).await?;
-        let folder = self.folder.clone();
         let vm = vm.map(|vm| vm.to_string());
-        let wanted = move |entry: &AuditEntry| {
+        self.find(limit, move |entry| {
             vm.as_ref().is_none_or(|vm| entry.record.vm_id == *vm)
                 && since.is_none_or(|since| entry.at >= since)
-        };
-        blocking_long(move |cancellation| {
-            list(
-                &folder,
-                &extent,
-                limit.min(MOST_LISTED),
-                wanted,
-                cancellation,
-            )
         })
         .await
     }
