@@ -2,4 +2,5 @@
 
 pub mod audit;
 pub mod authority;
+pub mod listener;
 pub mod store;

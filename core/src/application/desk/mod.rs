@@ -45,7 +45,7 @@ use self::session::{End, Session};
 use self::writer::HostWriter;
 use crate::application::fleet::Fleet;
 use crate::application::links::{ByteStream, HostLinks};
-use crate::domain::{HostLife, HostRecord, Ownership, Record, RecordKey, Replica};
+use crate::domain::{CertificateUse, HostLife, HostRecord, Ownership, Record, RecordKey, Replica};
 
 /// A side that hears nothing for so many pings gives the link up.
 const MISSED_PINGS: u32 = 3;
@@ -277,8 +277,17 @@ impl Desk {
             .retry_after(Duration::from_secs(300)));
         }
         // Before anything is replaced or written.
-        self.fleet
-            .read(|state| admission(state.host(peer.host).map(AsRef::as_ref), peer))?;
+        let admitted = self
+            .fleet
+            .read(|state| admission(state.host(peer.host).map(AsRef::as_ref), peer));
+        match admitted {
+            Ok(_) => {}
+            Err(Refusal::Known(goodbye)) => return Err(goodbye),
+            Err(Refusal::Cloned(reason)) => {
+                self.lock(peer.host, &reason).await;
+                return Err(Goodbye::new("cloned_identity", reason));
+            }
+        }
         if self.was_cloned(peer.host, &hello.instance) {
             let reason = "two machines use this host's identity at the same time";
             self.lock(peer.host, reason).await;
@@ -328,11 +337,26 @@ impl Desk {
             .writer
             .change(peer.host, move |state, draft| {
                 let record = state.host(peer.host);
-                if let Err(goodbye) = admission(record.map(AsRef::as_ref), &peer) {
-                    return Ok(Err(goodbye));
-                }
+                let used = match admission(record.map(AsRef::as_ref), &peer) {
+                    Ok(used) => used,
+                    Err(Refusal::Known(goodbye)) => return Ok(Err(goodbye)),
+                    // The next attempt locks it.
+                    Err(Refusal::Cloned(why)) => {
+                        return Ok(Err(Goodbye::new("replaced", why)));
+                    }
+                };
                 if let Some(record) = record {
-                    let used_newest = peer.generation == record.certificate_generation;
+                    let mut record = HostRecord::clone(record);
+                    match used {
+                        // From now on the one before is a copy's.
+                        CertificateUse::Newest => record.previous_key_hash = None,
+                        CertificateUse::Forgotten => {
+                            record.certificate_generation = peer.generation;
+                            record.key_hash = peer.key_hash;
+                            record.previous_key_hash = None;
+                        }
+                        CertificateUse::AnswerLost | CertificateUse::Cloned(_) => {}
+                    }
                     // Core's records may have gone back behind what the host has taken. What a host
                     // makes up here can use up nothing but its own numbers.
                     let taken = hello.command_generation.min(u64::MAX / 2);
@@ -340,10 +364,9 @@ impl Desk {
                         agent_version: hello.agent_version.clone(),
                         permissions: hello.permissions,
                         facts: hello.facts.clone(),
-                        previous_key_hash: record.previous_key_hash.filter(|_| !used_newest),
                         last_heard_at: Some(now),
                         command_generation: record.command_generation.max(taken),
-                        ..HostRecord::clone(record)
+                        ..record
                     });
                 }
                 draft.put(
@@ -496,42 +519,30 @@ fn jittered(length: Duration) -> Duration {
     length.mul_f64(rand::random_range(0.5..=1.5))
 }
 
-/// Whether a host's certificate lets it in, by its record.
-fn admission(record: Option<&HostRecord>, peer: &HostPeer) -> Result<(), Goodbye> {
-    let unknown = || {
-        Err(Goodbye::new(
-            "unknown_host",
-            "this Core does not know this host",
-        ))
+/// Why a host does not come in.
+enum Refusal {
+    /// For what the record says.
+    Known(Goodbye),
+    /// Another machine has a copy of its identity; why. Its record is to be locked.
+    Cloned(String),
+}
+
+/// Whether a host's certificate lets it in, by its record; what it is to the record.
+fn admission(record: Option<&HostRecord>, peer: &HostPeer) -> Result<CertificateUse, Refusal> {
+    let refused = |code, message: &str| Err(Refusal::Known(Goodbye::new(code, message)));
+    let record = match record {
+        Some(record) if record.tenant == peer.tenant => record,
+        _ => return refused("unknown_host", "this Core does not know this host"),
     };
-    let Some(record) = record else {
-        return unknown();
-    };
-    if record.tenant != peer.tenant {
-        return unknown();
-    }
     match &record.life {
         HostLife::Active => {}
-        HostLife::Revoked { .. } => return Err(Goodbye::new("revoked", "this host was revoked")),
-        HostLife::Locked { reason, .. } => {
-            return Err(Goodbye::new("cloned_identity", reason));
-        }
+        HostLife::Revoked { .. } => return refused("revoked", "this host was revoked"),
+        HostLife::Locked { reason, .. } => return refused("cloned_identity", reason),
     }
-    let newest =
-        peer.generation == record.certificate_generation && peer.key_hash == record.key_hash;
-    // The host may never have seen the answer to its last renewal.
-    let before = peer.generation.checked_add(1) == Some(record.certificate_generation)
-        && Some(peer.key_hash) == record.previous_key_hash;
-    if newest || before {
-        return Ok(());
+    match record.certificate_use(peer.generation, &peer.key_hash) {
+        CertificateUse::Cloned(reason) => Err(Refusal::Cloned(reason)),
+        other => Ok(other),
     }
-    Err(Goodbye::new(
-        "cloned_identity",
-        format!(
-            "this host's certificate number {} was followed by number {}, which is in use",
-            peer.generation, record.certificate_generation
-        ),
-    ))
 }
 
 #[async_trait]

@@ -113,25 +113,48 @@ async fn who_may_not_come_in_is_told_why() {
         ..known.clone()
     };
     assert_eq!(refused(other).await, "unknown_host");
-    // Another key of the same generation, and one whose successor is in use.
+    // Another key of the same generation, and one whose successor is in use: somebody has a copy, and
+    // from then on nobody gets in.
     let copied = HostPeer {
         key_hash: [9; 32],
         ..known.clone()
     };
-    assert_eq!(refused(copied).await, "cloned_identity");
     let before = HostPeer {
         generation: 2,
         key_hash: [2; 32],
         ..known.clone()
     };
+    let unlock = async || {
+        core.change_host(host, |record| record.life = HostLife::Active)
+            .await;
+    };
+    assert_eq!(refused(copied).await, "cloned_identity");
+    assert_eq!(core.state(host), "locked");
+    assert_eq!(refused(known.clone()).await, "cloned_identity");
+    unlock().await;
     let mut link = core.link(before.clone());
     link.hello("a");
     assert!(
         matches!(link.next().await, Some(ToHost::Welcome(_))),
         "its renewal was not answered"
     );
-    let _newest = core.linked(host).await;
+    let newest = core.linked(host).await;
     assert_eq!(refused(before).await, "cloned_identity");
+    assert_eq!(core.state(host), "locked");
+    drop(newest);
+    unlock().await;
+    // Records that were put back from a copy have forgotten a certificate.
+    let newer = HostPeer {
+        generation: 7,
+        key_hash: [7; 32],
+        ..known.clone()
+    };
+    let mut link = core.link(newer.clone());
+    link.hello("a");
+    assert!(matches!(link.next().await, Some(ToHost::Welcome(_))));
+    let record = core.fleet.read(|state| state.host(host).cloned()).unwrap();
+    assert_eq!(record.certificate_generation, 7);
+    let known = newer;
     core.change_host(host, |record| {
         record.life = HostLife::Revoked {
             since: ghost_domain::Timestamp::default(),
@@ -139,7 +162,7 @@ async fn who_may_not_come_in_is_told_why() {
     })
     .await;
     assert_eq!(refused(known).await, "revoked");
-    assert_eq!(core.desk.counters().refused(), 5);
+    assert_eq!(core.desk.counters().refused(), 6);
 }
 
 #[tokio::test(start_paused = true)]
