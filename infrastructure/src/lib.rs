@@ -10,6 +10,7 @@ pub mod identity;
 pub mod images;
 pub mod libvirt;
 pub mod notify;
+pub mod process;
 pub mod simulated;
 pub mod store;
 pub mod telemetry;

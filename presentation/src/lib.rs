@@ -24,7 +24,7 @@ mod tunnel;
 
 pub use access::{Access, Shape};
 pub use connection::{CertificateReader, ConnectionLimits, Listener, PeerCertificate};
-pub use socket::{LocalSocket, SOCKET_GROUP};
+pub use socket::{LocalPeer, LocalSocket, SOCKET_GROUP};
 pub use tunnel::{CoreStream, listeners as core_listeners};
 
 /// Ties the span of a request to the trace that its headers name (W3C `traceparent`). The

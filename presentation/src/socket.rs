@@ -120,7 +120,10 @@ impl LocalSocket {
     }
 
     /// The next connection and who is behind it.
-    pub(crate) async fn accept(&self) -> io::Result<(UnixStream, LocalPeer)> {
+    ///
+    /// # Errors
+    /// What the system says, most likely that descriptors are used up.
+    pub async fn accept(&self) -> io::Result<(UnixStream, LocalPeer)> {
         let (stream, _) = self.listener.accept().await?;
         let peer = LocalPeer::of(&stream, self.group)?;
         Ok((stream, peer))
@@ -154,11 +157,13 @@ fn somebody_listens(path: &Path) -> io::Result<bool> {
 
 /// Who is at the other end of the local socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct LocalPeer {
-    pub(crate) uid: u32,
-    pub(crate) name: String,
+pub struct LocalPeer {
+    /// Its user id.
+    pub uid: u32,
+    /// Its user's name.
+    pub name: String,
     /// `None`: nobody we let in.
-    pub(crate) role: Option<Role>,
+    pub role: Option<Role>,
 }
 
 impl LocalPeer {

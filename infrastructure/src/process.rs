@@ -1,0 +1,176 @@
+//! What a service of ours needs of its process: signals, a data folder of its own, listeners.
+
+use std::fs::File;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+
+use ghost_domain::{Error, ErrorCode, Result};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use crate::config::Listen;
+
+/// The machine's own name.
+pub fn hostname() -> String {
+    rustix::system::uname()
+        .nodename()
+        .to_string_lossy()
+        .into_owned()
+}
+
+/// The signals that end a service.
+#[derive(Debug)]
+pub struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    /// Catches them from now on. Call it within a Tokio runtime.
+    ///
+    /// # Errors
+    /// `Internal`.
+    pub fn new() -> Result<Self> {
+        let failed = |cause| Error::internal("signals cannot be caught").because(cause);
+        Ok(Self {
+            terminate: signal(SignalKind::terminate()).map_err(failed)?,
+            interrupt: signal(SignalKind::interrupt()).map_err(failed)?,
+        })
+    }
+
+    /// The name of the next one.
+    pub async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}
+
+/// Makes a service's data folder with this mode where it is missing. Nobody else may write to it.
+///
+/// # Errors
+/// `IoFailed`; `key` names where another one is configured.
+pub fn data_folder(path: &Path, mode: u32, key: &str) -> Result<()> {
+    let failed = |cause: &dyn std::fmt::Display| {
+        Error::new(
+            ErrorCode::IoFailed,
+            format!("the data folder {} cannot be used", path.display()),
+        )
+        .because(cause)
+        .hint(format!("make it for the user that this runs as, or set {key}"))
+    };
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(mode)
+        .create(path)
+        .map_err(|cause| failed(&cause))?;
+    let metadata = std::fs::metadata(path).map_err(|cause| failed(&cause))?;
+    if metadata.mode() & 0o022 != 0 {
+        return Err(
+            failed(&"others may write to it").hint(format!("chmod go-w {}", path.display()))
+        );
+    }
+    Ok(())
+}
+
+/// Takes a data folder for this process alone, as long as the file that is given back is open. Two
+/// on one folder would undo each other's work.
+///
+/// # Errors
+/// `IoFailed` where another one has it.
+pub fn lock_folder(folder: &Path, program: &str, key: &str) -> Result<File> {
+    let path = folder.join("lock");
+    let failed = |cause: &dyn std::fmt::Display| {
+        Error::new(
+            ErrorCode::IoFailed,
+            format!("cannot lock {}", path.display()),
+        )
+        .because(cause)
+    };
+    // Nobody else may open it: whoever can, can hold the lock and keep us from starting.
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(&path)
+        .map_err(|cause| failed(&cause))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => Err(failed(&format!(
+            "another {program} runs on this data folder"
+        ))
+        .hint(format!("stop it first, or set another {key}"))),
+        Err(std::fs::TryLockError::Error(cause)) => Err(failed(&cause)),
+    }
+}
+
+/// Binds a listener; `None` for one that is off.
+///
+/// # Errors
+/// `IoFailed`; `key` names where another address is configured.
+pub async fn bind(listen: Listen, what: &str, key: &str) -> Result<Option<TcpListener>> {
+    let (address, fallback) = match listen {
+        Listen::Off => return Ok(None),
+        Listen::At(address) => (address, None),
+        // IPv6 takes IPv4 too; a machine without IPv6 has IPv4 alone.
+        Listen::All(port) => (
+            SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)),
+            Some(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port))),
+        ),
+    };
+    let bound = match (TcpListener::bind(address).await, fallback) {
+        (Err(cause), Some(fallback)) if cause.kind() != std::io::ErrorKind::AddrInUse => {
+            TcpListener::bind(fallback).await
+        }
+        (bound, _) => bound,
+    };
+    let listener = bound.map_err(|cause| {
+        Error::new(
+            ErrorCode::IoFailed,
+            format!("cannot listen on {address} for {what}"),
+        )
+        .because(cause)
+        .hint(format!(
+            "see who has it: ss -ltnp; or set another address in {key}"
+        ))
+    })?;
+    let address = listener.local_addr().unwrap_or(address);
+    tracing::info!(%address, "{what} listens");
+    Ok(Some(listener))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_is_one_process_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let data = folder.path().join("a/b");
+        data_folder(&data, 0o700, "core.data_dir").unwrap();
+        let held = lock_folder(&data, "ghost-core", "core.data_dir").unwrap();
+        let error = lock_folder(&data, "ghost-core", "core.data_dir").unwrap_err();
+        assert!(error.cause().unwrap().contains("another ghost-core"), "{error}");
+        drop(held);
+        lock_folder(&data, "ghost-core", "core.data_dir").unwrap();
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o777);
+        std::fs::set_permissions(&data, mode).unwrap();
+        let error = data_folder(&data, 0o700, "core.data_dir").unwrap_err();
+        assert!(error.hint_text().unwrap().contains("chmod go-w"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_taken_port_is_told_with_its_key() {
+        let first = bind(Listen::At("127.0.0.1:0".parse().unwrap()), "gRPC", "grpc.listen")
+            .await
+            .unwrap()
+            .unwrap();
+        let taken = Listen::At(first.local_addr().unwrap());
+        let error = bind(taken, "gRPC", "grpc.listen").await.unwrap_err();
+        assert!(error.hint_text().unwrap().contains("grpc.listen"), "{error}");
+        assert!(bind(Listen::Off, "gRPC", "grpc.listen").await.unwrap().is_none());
+    }
+}
