@@ -2,6 +2,8 @@
 
 mod agent;
 mod front;
+mod links;
 mod matrix;
 mod route;
+mod weight;
 mod world;
