@@ -79,14 +79,18 @@ bench: build hostile ## the figures that the README quotes (root)
 
 install: build ## binaries, unit, configuration, completions and manuals
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(UNITDIR) $(DESTDIR)$(SYSCONF)/ghost
-	install -m 0755 $(RELEASE)/ghost-agent $(RELEASE)/ghostctl $(DESTDIR)$(PREFIX)/bin/
+	install -m 0755 $(RELEASE)/ghost-agent $(RELEASE)/ghost-core $(RELEASE)/ghostctl $(DESTDIR)$(PREFIX)/bin/
 	install -D -m 0755 $(BUILD)/guest/ghost-guest $(DESTDIR)$(PREFIX)/lib/ghost/ghost-guest
-	sed 's|/usr/local/bin|$(PREFIX)/bin|' deploy/systemd/ghost-agent.service >$(DESTDIR)$(UNITDIR)/ghost-agent.service
-	chmod 0644 $(DESTDIR)$(UNITDIR)/ghost-agent.service
+	@set -e; for unit in ghost-agent ghost-core; do \
+	  sed 's|/usr/local/bin|$(PREFIX)/bin|' deploy/systemd/$$unit.service >$(DESTDIR)$(UNITDIR)/$$unit.service; \
+	  chmod 0644 $(DESTDIR)$(UNITDIR)/$$unit.service; done
 	@# An owner's configuration is never overwritten.
 	@if [ -f configs/agent.yaml ] && [ ! -e $(DESTDIR)$(SYSCONF)/ghost/agent.yaml ]; then \
 	  install -m 0640 configs/agent.yaml $(DESTDIR)$(SYSCONF)/ghost/agent.yaml; \
 	  echo "install: wrote $(DESTDIR)$(SYSCONF)/ghost/agent.yaml"; fi
+	@if [ -f configs/core.yaml ] && [ ! -e $(DESTDIR)$(SYSCONF)/ghost/core.yaml ]; then \
+	  install -m 0640 configs/core.yaml $(DESTDIR)$(SYSCONF)/ghost/core.yaml; \
+	  echo "install: wrote $(DESTDIR)$(SYSCONF)/ghost/core.yaml"; fi
 	@if [ -f configs/images.yaml ] && [ ! -e $(DESTDIR)$(SYSCONF)/ghost/images.yaml ]; then \
 	  install -m 0644 configs/images.yaml $(DESTDIR)$(SYSCONF)/ghost/images.yaml; fi
 	@set -e; share=$(DESTDIR)$(PREFIX)/share; out=$$(mktemp); trap 'rm -f "$$out"' EXIT; \
@@ -98,7 +102,8 @@ install: build ## binaries, unit, configuration, completions and manuals
 	@echo "install: next: deploy/host-setup.sh --runtime, then systemctl daemon-reload && systemctl enable --now ghost-agent"
 
 uninstall: ## what install wrote; configuration and state stay
-	rm -f $(DESTDIR)$(PREFIX)/bin/ghost-agent $(DESTDIR)$(PREFIX)/bin/ghostctl $(DESTDIR)$(UNITDIR)/ghost-agent.service
+	rm -f $(DESTDIR)$(PREFIX)/bin/ghost-agent $(DESTDIR)$(PREFIX)/bin/ghost-core $(DESTDIR)$(PREFIX)/bin/ghostctl \
+	  $(DESTDIR)$(UNITDIR)/ghost-agent.service $(DESTDIR)$(UNITDIR)/ghost-core.service
 	rm -f $(DESTDIR)$(PREFIX)/lib/ghost/ghost-guest
 	rm -f $(DESTDIR)$(PREFIX)/share/bash-completion/completions/ghostctl $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_ghostctl \
 	  $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/ghostctl.fish $(DESTDIR)$(PREFIX)/share/man/man1/ghostctl.1
