@@ -59,7 +59,9 @@ pub fn data_folder(path: &Path, mode: u32, key: &str) -> Result<()> {
             format!("the data folder {} cannot be used", path.display()),
         )
         .because(cause)
-        .hint(format!("make it for the user that this runs as, or set {key}"))
+        .hint(format!(
+            "make it for the user that this runs as, or set {key}"
+        ))
     };
     std::fs::DirBuilder::new()
         .recursive(true)
@@ -153,7 +155,10 @@ mod tests {
         data_folder(&data, 0o700, "core.data_dir").unwrap();
         let held = lock_folder(&data, "ghost-core", "core.data_dir").unwrap();
         let error = lock_folder(&data, "ghost-core", "core.data_dir").unwrap_err();
-        assert!(error.cause().unwrap().contains("another ghost-core"), "{error}");
+        assert!(
+            error.cause().unwrap().contains("another ghost-core"),
+            "{error}"
+        );
         drop(held);
         lock_folder(&data, "ghost-core", "core.data_dir").unwrap();
         let mode = std::os::unix::fs::PermissionsExt::from_mode(0o777);
@@ -164,13 +169,25 @@ mod tests {
 
     #[tokio::test]
     async fn a_taken_port_is_told_with_its_key() {
-        let first = bind(Listen::At("127.0.0.1:0".parse().unwrap()), "gRPC", "grpc.listen")
-            .await
-            .unwrap()
-            .unwrap();
+        let first = bind(
+            Listen::At("127.0.0.1:0".parse().unwrap()),
+            "gRPC",
+            "grpc.listen",
+        )
+        .await
+        .unwrap()
+        .unwrap();
         let taken = Listen::At(first.local_addr().unwrap());
         let error = bind(taken, "gRPC", "grpc.listen").await.unwrap_err();
-        assert!(error.hint_text().unwrap().contains("grpc.listen"), "{error}");
-        assert!(bind(Listen::Off, "gRPC", "grpc.listen").await.unwrap().is_none());
+        assert!(
+            error.hint_text().unwrap().contains("grpc.listen"),
+            "{error}"
+        );
+        assert!(
+            bind(Listen::Off, "gRPC", "grpc.listen")
+                .await
+                .unwrap()
+                .is_none()
+        );
     }
 }

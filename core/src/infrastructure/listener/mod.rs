@@ -214,9 +214,11 @@ impl Listener {
     async fn ready(&self, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
         let late = |what: &'static str| io::Error::new(io::ErrorKind::TimedOut, what);
         stream.set_nodelay(true)?;
-        tokio::time::timeout(FIRST_BYTE_TIME, stream.readable())
-            .await
-            .map_err(|_| late("it said nothing"))??;
+        // Readiness alone may be told of a socket that has nothing to read.
+        let first = tokio::time::timeout(FIRST_BYTE_TIME, stream.peek(&mut [0; 1])).await;
+        if first.map_err(|_| late("it said nothing"))?? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
         let place = Arc::clone(&self.handshakes)
             .acquire_owned()
             .await
