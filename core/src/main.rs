@@ -1,7 +1,10 @@
 //! `ghost-core`: joins hosts behind NAT into a fleet.
 
+mod compose;
 mod config;
+mod replicas;
 mod report;
+mod run;
 mod token;
 
 use std::path::PathBuf;
@@ -19,6 +22,12 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Serve until SIGTERM or SIGINT; hosts and their VMs outlive Core.
+    Run {
+        /// The configuration; /etc/ghost/core.yaml where that exists, else the defaults.
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+    },
     /// Check or show the configuration.
     #[command(subcommand)]
     Config(config::Command),
@@ -37,6 +46,9 @@ enum Command {
 
 fn main() -> ExitCode {
     match Arguments::parse().command {
+        Command::Run { config } => report::with_config(config.as_deref(), |loaded| {
+            run::run(loaded).map(|()| ExitCode::SUCCESS)
+        }),
         Command::Config(command) => {
             let (mut out, mut errors) = (std::io::stdout().lock(), std::io::stderr().lock());
             config::execute(&command, &mut out, &mut errors)

@@ -2,9 +2,26 @@
 //! what to do, and the exit code says which kind it was.
 
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 
 use ghost_domain::Result;
+
+use crate::config::{self, Loaded};
+
+/// Loads the configuration and acts on it; what goes wrong is told on standard error.
+pub(crate) fn with_config(
+    file: Option<&Path>,
+    act: impl FnOnce(Loaded) -> Result<ExitCode>,
+) -> ExitCode {
+    match config::load(file) {
+        Ok(loaded) => outcome(act(loaded)),
+        Err(faults) => {
+            complain(&faults.to_string());
+            ExitCode::from(config::EXIT_CONFIG)
+        }
+    }
+}
 
 /// Tells how it went.
 pub(crate) fn outcome(outcome: Result<ExitCode>) -> ExitCode {

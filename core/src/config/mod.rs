@@ -9,10 +9,11 @@ mod value;
 use std::path::Path;
 
 use ghost_infrastructure::config;
-pub(crate) use ghost_infrastructure::config::{EXIT_CONFIG, Faults};
+pub(crate) use ghost_infrastructure::config::{EXIT_CONFIG, Faults, Listen};
 
 pub(crate) use self::command::{Command, execute};
 pub(crate) use self::schema::Config;
+pub(crate) use self::value::Engine;
 
 /// Where the configuration lies when nobody says otherwise.
 pub(crate) const DEFAULT_FILE: &str = "/etc/ghost/core.yaml";

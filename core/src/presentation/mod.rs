@@ -6,6 +6,7 @@
 
 mod convert;
 pub mod grpc;
+pub mod health;
 pub mod metrics;
 mod peer;
 pub mod route;

@@ -4,6 +4,7 @@ mod agent;
 mod front;
 mod links;
 mod matrix;
+mod program;
 mod route;
 mod weight;
 mod world;
