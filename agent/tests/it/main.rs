@@ -8,5 +8,6 @@
 )]
 
 mod documents;
+mod fleet;
 mod layers;
 mod program;

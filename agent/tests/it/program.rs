@@ -14,7 +14,7 @@ use rustix::process::{Pid, Signal, kill_process};
 /// How long anything may take on a busy machine; what is waited for ends the wait.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-fn agent() -> Command {
+pub(crate) fn agent() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_ghost-agent"));
     for (name, _) in std::env::vars_os() {
         if name.to_string_lossy().starts_with("GHOST_") {
@@ -25,7 +25,7 @@ fn agent() -> Command {
     command
 }
 
-fn output(arguments: &[&str]) -> (i32, String, String) {
+pub(crate) fn output(arguments: &[&str]) -> (i32, String, String) {
     let Output {
         status,
         stdout,
@@ -39,13 +39,13 @@ fn output(arguments: &[&str]) -> (i32, String, String) {
 }
 
 /// An agent on a simulated hypervisor in a folder of its own. Killed at the end, however that comes.
-struct Agent {
+pub(crate) struct Agent {
     folder: tempfile::TempDir,
     child: Option<Child>,
 }
 
 impl Agent {
-    fn prepare(extra: &str) -> Self {
+    pub(crate) fn prepare(extra: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().display();
         let text = format!(
@@ -61,7 +61,7 @@ impl Agent {
         }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
@@ -74,7 +74,7 @@ impl Agent {
         command
     }
 
-    fn start(&mut self) {
+    pub(crate) fn start(&mut self) {
         let command = self.command();
         self.start_with(command);
     }
@@ -93,11 +93,11 @@ impl Agent {
         });
     }
 
-    fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.path("log")).unwrap_or_default()
     }
 
-    fn wait(&mut self, what: &str, mut done: impl FnMut(&Self) -> bool) {
+    pub(crate) fn wait(&mut self, what: &str, mut done: impl FnMut(&Self) -> bool) {
         let until = Instant::now() + PATIENCE;
         while !done(self) {
             if let Some(Ok(Some(status))) = self.child.as_mut().map(Child::try_wait) {
@@ -115,13 +115,13 @@ impl Agent {
         }
     }
 
-    fn signal(&self, signal: Signal) {
+    pub(crate) fn signal(&self, signal: Signal) {
         let child = self.child.as_ref().unwrap();
         let pid = Pid::from_child(child);
         kill_process(pid, signal).unwrap();
     }
 
-    fn ended(&mut self) -> ExitStatus {
+    pub(crate) fn ended(&mut self) -> ExitStatus {
         let mut child = self.child.take().unwrap();
         let until = Instant::now() + PATIENCE;
         loop {
@@ -138,7 +138,7 @@ impl Agent {
     }
 
     /// The address that a listener says it has.
-    fn address(&self, what: &str) -> SocketAddr {
+    pub(crate) fn address(&self, what: &str) -> SocketAddr {
         let log = self.log();
         let line = log
             .lines()
@@ -148,7 +148,7 @@ impl Agent {
         text.split_whitespace().next().unwrap().parse().unwrap()
     }
 
-    fn get(&self, address: SocketAddr, path: &str) -> String {
+    pub(crate) fn get(&self, address: SocketAddr, path: &str) -> String {
         let mut stream = TcpStream::connect(address).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         write!(
