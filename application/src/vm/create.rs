@@ -148,7 +148,6 @@ impl CreateVm {
         }
         // A made-up name stands in the operation too, so it is chosen before the submission and
         // checked again within it.
-        let mut vm = vm;
         if !name_given {
             vm.name = self.registry.read(names::unused)?;
         }

@@ -8,6 +8,7 @@ use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use ghost_e2e::agent::{Agent, Builder};
+use ghost_e2e::binaries::guest_program;
 use ghost_e2e::ctl::{self, Output};
 use ghost_e2e::guest::{self, BOOT};
 use ghost_e2e::http;
@@ -176,6 +177,34 @@ fn programs_run_as_asked_and_leave_a_trace() {
     refused(&agent, &vm, 6, "guest_access_off");
     ctl.ok(&["vm", "update", &vm, "--guest-access", "on"]);
     let open = long_call(&agent, &vm);
+    ctl.ok(&["guest", "access", &vm, "off"]);
+    let (code, said) = end(open, CALL);
+    assert!(code != 0 && !said.is_empty(), "{code}: {said}");
+    refused(&agent, &vm, 6, "guest_access_off");
+    ctl.ok(&["guest", "access", &vm, "on"]);
+    // Who has a key without guest access runs VMs and enters none.
+    let confined = ctl.ok(&[
+        "key",
+        "create",
+        "runner",
+        "--role",
+        "operator",
+        "--no-guest-access",
+        "-o",
+        "name",
+    ]);
+    let key = confined.trim();
+    let ask = |method: &str, path: &str, body: &[u8]| {
+        let headers = [("X-API-Key", key), ("Content-Type", "application/json")];
+        let path = format!("/v1/vms/{vm}{path}");
+        let answer = http::request(agent.http_port(), method, &path, &headers, body).unwrap();
+        answer.status
+    };
+    assert_eq!(ask("GET", "/guest", b""), 200);
+    assert_eq!(ask("POST", "/exec", br#"{"program":"true"}"#), 403);
+    assert_eq!(ask("GET", "/files?path=/etc/hosts", b""), 403);
+    assert_eq!(ask("PATCH", "", br#"{"tags":{"by":"runner"}}"#), 202);
+    let open = long_call(&agent, &vm);
     ctl.ok(&["lockdown", "--reason", "a test"]);
     let (code, said) = end(open, CALL);
     assert!(code != 0 && !said.is_empty(), "{code}: {said}");
@@ -198,6 +227,50 @@ fn programs_run_as_asked_and_leave_a_trace() {
         "what was typed is nobody's matter"
     );
     ctl.ok(&["audit", "verify"]);
+    ctl.ok(&["vm", "delete", &vm, "--force"]);
+    agent.audit();
+}
+
+/// A program that differs from the guest's own, and is as good: what follows a program's segments is
+/// not loaded.
+#[test]
+fn an_agent_is_replaced_over_the_channel_when_asked() {
+    let folder = tempfile::tempdir().unwrap();
+    let newer = folder.path().join("ghost-guest");
+    let mut bytes = fs::read(guest_program()).unwrap();
+    bytes.extend_from_slice(b"another build");
+    fs::write(&newer, bytes).unwrap();
+    let _room = guest::room(1);
+    let agent = Builder::new()
+        .set("guest.update", false)
+        .set("guest.program", newer.to_str().unwrap())
+        .start();
+    let ctl = agent.ctl();
+    agent.import_tiny();
+    let vm = agent.name("updated");
+    launch(&agent, &vm);
+    wait_agent(&agent, &vm);
+    let update = || ctl.json(&["guest", "update", &vm])["replaced"].as_bool();
+    assert_eq!(update(), Some(true));
+    assert_eq!(inside(&agent, &vm, &["echo", "there"]), "there\n");
+    let sum = inside(
+        &agent,
+        &vm,
+        &[
+            "sh",
+            "-c",
+            "sha256sum < /proc/$(pidof ghost-guest | cut -d' ' -f1)/exe",
+        ],
+    );
+    let host = std::process::Command::new("sha256sum")
+        .arg(&newer)
+        .output()
+        .unwrap();
+    let host = String::from_utf8(host.stdout).unwrap();
+    assert_eq!(sum.split(' ').next(), host.split(' ').next());
+    assert_eq!(update(), Some(false));
+    let log = ctl.ok(&["audit", "list", "--vm", &vm]);
+    assert!(log.contains("update"), "{log}");
     ctl.ok(&["vm", "delete", &vm, "--force"]);
     agent.audit();
 }

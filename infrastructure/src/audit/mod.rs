@@ -148,11 +148,11 @@ fn gone() -> Error {
 impl AuditLog for FileAuditLog {
     async fn append(&self, record: AuditRecord) -> Result<AuditEntry> {
         self.ask(|synced| {
-            Command::Append(Append {
+            Command::Append(Box::new(Append {
                 record,
                 written: None,
                 synced,
-            })
+            }))
         })
         .await
     }
@@ -160,11 +160,11 @@ impl AuditLog for FileAuditLog {
     async fn begin(&self, record: AuditRecord) -> Result<AuditReceipt> {
         let (synced, durable) = oneshot::channel();
         let (written, wrote) = oneshot::channel();
-        self.send(Command::Append(Append {
+        self.send(Command::Append(Box::new(Append {
             record,
             written: Some(written),
             synced,
-        }))?;
+        })))?;
         let receipt: AuditReceipt = Box::pin(async move { durable.await.map_err(|_| gone())? });
         match wrote.await {
             Ok(()) => Ok(receipt),

@@ -19,7 +19,7 @@ use crate::images::files::io_error;
 const MOST_TOGETHER: usize = 256;
 
 pub(super) enum Command {
-    Append(Append),
+    Append(Box<Append>),
     /// Where the log ends now.
     Extent(oneshot::Sender<Result<Extent>>),
 }
@@ -81,7 +81,7 @@ impl Writer {
             let mut next = Some(command);
             while let Some(command) = next.take() {
                 match command {
-                    Command::Append(append) => together.push(append),
+                    Command::Append(append) => together.push(*append),
                     Command::Extent(reply) => {
                         self.append(std::mem::take(&mut together));
                         let extent = self.extent().map_err(|error| self.failed(&error));
