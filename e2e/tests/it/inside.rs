@@ -101,9 +101,9 @@ fn programs_run_as_asked_and_leave_a_trace() {
     // Every layer says that it is there; the first report comes a moment after the hello.
     wait::until_ok("every layer is there", CALL, || {
         let status = ctl.json(&["guest", "status", &vm]);
-        assert_eq!(status["ready"], true, "{status}");
+        // An image with another agent than the host's gets that one right after its first hello.
         let layers = status["layers"].as_array().unwrap();
-        if layers.iter().all(|layer| layer["ok"] == true) {
+        if status["ready"] == true && layers.iter().all(|layer| layer["ok"] == true) {
             Ok(())
         } else {
             Err(status.to_string())
