@@ -253,9 +253,46 @@ fn off_and_null_and_quotes_mean_what_they_say() {
     let told = told("agent: {name: 12}\ncore: {endpoint: x}\n", &[]);
     assert!(told.contains("put it in quotes: \"12\""), "{told}");
     assert!(
-        told.contains("this section has no keys in this version"),
+        told.contains("core.endpoint: there is no such key"),
         "{told}"
     );
+}
+
+#[test]
+fn what_core_may_do_and_how_piko_is_reached_is_read_and_judged() {
+    let text = "core: {permissions: off}\nnetwork: {provider: 'wireguard:wg0'}\n\
+                piko:\n  server_url: https://piko.example.org\n  endpoint: acme/pc\n  \
+                reconnect: {initial_delay: 2s, max_delay: 5m, multiplier: 1.5}\n";
+    let config = load_text(text, &[])
+        .unwrap_or_else(|faults| panic!("{faults}"))
+        .config;
+    assert_eq!(config.core.permissions.0.as_str(), "off");
+    assert_eq!(config.network.provider.0.as_str(), "wireguard");
+    assert_eq!(config.piko.reconnect.multiplier.percent(), 150);
+    let owner = &[("GHOST_CORE__PERMISSIONS", "read")];
+    let config = load_text("", owner).unwrap().config;
+    assert_eq!(config.core.permissions.0.as_str(), "read");
+    for (text, key) in [
+        ("core: {permissions: admin}\n", "core.permissions"),
+        ("network: {provider: carrier-pigeon}\n", "network.provider"),
+        ("piko: {endpoint: acme--pc}\n", "piko.endpoint"),
+        ("piko: {server_url: 'https://p.example'}\n", "piko.endpoint"),
+        (
+            "grpc: {listen: off}\npiko: {server_url: 'https://p.example', endpoint: a}\n",
+            "piko.server_url",
+        ),
+        (
+            "piko: {reconnect: {max_delay: 500ms}}\n",
+            "piko.reconnect.initial_delay",
+        ),
+        (
+            "piko: {reconnect: {multiplier: 0.5}}\n",
+            "piko.reconnect.multiplier",
+        ),
+    ] {
+        let told = told(text, &[]);
+        assert!(told.contains(&format!("{key}: ")), "{text}: {told}");
+    }
 }
 
 #[test]
