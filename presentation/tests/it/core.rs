@@ -234,9 +234,8 @@ where
             }
         }
     };
-    tokio::time::timeout(Duration::from_secs(20), reading)
-        .await
-        .expect("no answer");
+    let read = tokio::time::timeout(Duration::from_secs(20), reading).await;
+    assert!(read.is_ok(), "no answer to {head}");
     let text = String::from_utf8_lossy(&answer).into_owned();
     let status = text
         .split(' ')
@@ -554,7 +553,7 @@ async fn the_link_is_shown_hurried_and_measured() {
             nanos: 0,
         }),
     };
-    let given = host.allow_core_deletes(ten_minutes.clone()).await.unwrap();
+    let given = host.allow_core_deletes(ten_minutes).await.unwrap();
     assert!(given.into_inner().until.is_some());
     let shown = host.get_core_link(GetCoreLinkRequest {}).await.unwrap();
     assert!(shown.into_inner().deletes_allowed_until.is_some());
