@@ -3,7 +3,7 @@
 #![expect(
     clippy::unwrap_used,
     clippy::panic,
-    clippy::print_stdout,
+    clippy::expect_used,
     reason = "a test that cannot go on has failed; clippy's exception covers #[test] functions but not their helpers"
 )]
 
