@@ -7,6 +7,7 @@
 mod convert;
 pub mod grpc;
 pub mod health;
+pub mod http;
 pub mod metrics;
 mod peer;
 pub mod route;

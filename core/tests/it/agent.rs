@@ -18,7 +18,7 @@ use ghost_proto::agent::v1::vm_service_server::{VmService, VmServiceServer};
 use ghost_proto::agent::v1::*;
 use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
-use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, DuplexStream, ReadBuf};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -39,6 +39,8 @@ pub(crate) struct Seen {
     pub(crate) running: AtomicUsize,
     /// VMs that were asked for.
     pub(crate) created: Mutex<Vec<CreateVmRequest>>,
+    /// And by HTTP.
+    pub(crate) made_by_http: AtomicUsize,
 }
 
 /// Counts a call for as long as it runs.
@@ -58,7 +60,11 @@ impl Drop for Running {
 }
 
 /// One end of a link in memory.
-pub(crate) struct End(DuplexStream);
+pub(crate) struct End {
+    /// Bytes that were read to look at them.
+    begun: Vec<u8>,
+    stream: DuplexStream,
+}
 
 impl Connected for End {
     type ConnectInfo = ();
@@ -72,7 +78,13 @@ impl AsyncRead for End {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(context, buffer)
+        if !self.begun.is_empty() {
+            let many = self.begun.len().min(buffer.remaining());
+            buffer.put_slice(&self.begun[..many]);
+            self.begun.drain(..many);
+            return Poll::Ready(Ok(()));
+        }
+        Pin::new(&mut self.stream).poll_read(context, buffer)
     }
 }
 
@@ -82,21 +94,21 @@ impl AsyncWrite for End {
         context: &mut Context<'_>,
         data: &[u8],
     ) -> Poll<std::io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(context, data)
+        Pin::new(&mut self.stream).poll_write(context, data)
     }
 
     fn poll_flush(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(context)
+        Pin::new(&mut self.stream).poll_flush(context)
     }
 
     fn poll_shutdown(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(context)
+        Pin::new(&mut self.stream).poll_shutdown(context)
     }
 }
 
@@ -113,10 +125,37 @@ pub(crate) struct FakeAgent {
 impl FakeAgent {
     pub(crate) fn start() -> Arc<Self> {
         let seen = Arc::new(Seen::default());
-        let (dial, accepted) = mpsc::channel::<DuplexStream>(16);
+        let (dial, mut accepted) = mpsc::channel::<DuplexStream>(16);
         let service = Fake(Arc::clone(&seen));
+        let (grpc, calls) = mpsc::channel::<End>(16);
+        let api = api(Arc::clone(&seen));
+        // As an agent does: the first bytes tell which of its servers is meant.
+        let told_apart = tokio::spawn(async move {
+            while let Some(mut stream) = accepted.recv().await {
+                let (grpc, api) = (grpc.clone(), api.clone());
+                tokio::spawn(async move {
+                    let mut begun = vec![0; 3];
+                    if stream.read_exact(&mut begun).await.is_err() {
+                        return;
+                    }
+                    let http2 = begun == b"PRI";
+                    let end = End { begun, stream };
+                    if http2 {
+                        grpc.send(end).await.unwrap();
+                        return;
+                    }
+                    let service = hyper_util::service::TowerToHyperService::new(api);
+                    let _ = hyper::server::conn::http1::Builder::new()
+                        .serve_connection(hyper_util::rt::TokioIo::new(end), service)
+                        .with_upgrades()
+                        .await;
+                });
+            }
+        });
+        let told_apart = tokio_util::task::AbortOnDropHandle::new(told_apart);
         let served = tokio::spawn(async move {
-            let incoming = ReceiverStream::new(accepted).map(|end| Ok::<_, Status>(End(end)));
+            let _told_apart = told_apart;
+            let incoming = ReceiverStream::new(calls).map(Ok::<_, Status>);
             Server::builder()
                 .max_concurrent_streams(128)
                 .initial_stream_window_size(256 * 1024)
@@ -201,6 +240,61 @@ impl HostLinks for MemoryLinks {
             agent.cut();
         }
     }
+}
+
+/// What the host's HTTP API answers: what it was told, and who told it.
+fn api(seen: Arc<Seen>) -> axum::Router {
+    use axum::extract::ws::WebSocketUpgrade;
+    use axum::http::{HeaderMap, Method, StatusCode, Uri};
+    use axum::response::IntoResponse;
+    use axum::routing::{any, get};
+
+    let echo = {
+        let seen = Arc::clone(&seen);
+        move |method: Method, uri: Uri, headers: HeaderMap, body: String| async move {
+            let names: Vec<&str> = headers.keys().map(|name| name.as_str()).collect();
+            let told = serde_json::json!({
+                "method": method.as_str(), "uri": uri.to_string(), "headers": names,
+                "principal": headers["ghost-principal"].to_str().unwrap(), "body": body,
+            });
+            if method == Method::POST && uri.path() == "/v1/vms" {
+                seen.made_by_http.fetch_add(1, Ordering::SeqCst);
+                let location = [("location", "/v1/operations/abc"), ("ghost-host", "a lie")];
+                return (StatusCode::ACCEPTED, location, axum::Json(told)).into_response();
+            }
+            axum::Json(told).into_response()
+        }
+    };
+    let events = {
+        let seen = Arc::clone(&seen);
+        move || async move {
+            let running = Running::new(&seen);
+            let first = futures::stream::iter([Ok::<_, std::io::Error>("data: one\n\n")]);
+            let stream = first.chain(futures::stream::pending()).map(move |item| {
+                let _ = &running;
+                item
+            });
+            axum::body::Body::from_stream(stream)
+        }
+    };
+    let shell = move |headers: HeaderMap, upgrade: WebSocketUpgrade| async move {
+        let principal = headers["ghost-principal"].to_str().unwrap().to_owned();
+        upgrade
+            .protocols(["ghost.v1"])
+            .on_upgrade(move |mut socket| async move {
+                let _running = Running::new(&seen);
+                let _ = socket.send(principal.into()).await;
+                while let Some(Ok(message)) = socket.recv().await {
+                    if socket.send(message).await.is_err() {
+                        break;
+                    }
+                }
+            })
+    };
+    axum::Router::new()
+        .route("/v1/events", get(events))
+        .route("/v1/vms/{vm}/shell", get(shell))
+        .fallback(any(echo))
 }
 
 #[derive(Clone)]

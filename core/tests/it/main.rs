@@ -9,6 +9,7 @@
 
 mod agent;
 mod front;
+mod http;
 mod links;
 mod matrix;
 mod program;

@@ -7,8 +7,8 @@ use ghost_core::domain::{Record, RecordKey};
 use ghost_core::presentation::Peer;
 use ghost_core::presentation::grpc::methods::{CORE_METHODS, CoreAccess};
 use ghost_domain::Role;
-use ghost_presentation::Access;
 use ghost_presentation::grpc::access::METHODS;
+use ghost_presentation::{Access, CoreReach};
 use tonic::Status;
 use tonic::body::Body;
 
@@ -187,7 +187,7 @@ async fn every_call_to_a_host_against_everybody() {
                 _ if !who.sees_host => Some("host_not_found"),
                 (Some(role), Access::Role(needed)) if role < needed => Some("permission_denied"),
                 (Some(Role::Viewer), Access::Guests) => Some("permission_denied"),
-                (Some(_), Access::Role(Role::Admin)) => Some("core_permission_denied"),
+                _ if method.core == CoreReach::Never => Some("core_permission_denied"),
                 _ => None,
             };
             let refused = refusal(&world, who, method.path, Some(host)).await;

@@ -34,7 +34,7 @@ impl<S: Sync> FromRequestParts<S> for Caller {
 }
 
 /// The one parameter of a path.
-pub(super) struct Name(pub(super) String);
+pub struct Name(pub String);
 
 impl<S: Send + Sync> FromRequestParts<S> for Name {
     type Rejection = Failure;
@@ -53,7 +53,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Name {
 }
 
 /// The query, with unknown parameters refused by its type.
-pub(super) struct Query<T>(pub(super) T);
+pub struct Query<T>(pub T);
 
 impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
     type Rejection = Failure;
@@ -74,7 +74,7 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
 
 /// A JSON body, with unknown keys refused by its type. An empty body is the default, where there
 /// is one: use [`OptionalBody`].
-pub(super) struct Body<T>(pub(super) T);
+pub struct Body<T>(pub T);
 
 impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
     type Rejection = Failure;
@@ -86,7 +86,7 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
 }
 
 /// A JSON body that may be left out.
-pub(super) struct OptionalBody<T>(pub(super) T);
+pub struct OptionalBody<T>(pub T);
 
 impl<S: Send + Sync, T: DeserializeOwned + Default> FromRequest<S> for OptionalBody<T> {
     type Rejection = Failure;
@@ -147,7 +147,7 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T> {
 }
 
 /// `Idempotency-Key`, the caller's key of a change.
-pub(super) struct IdempotencyKey(pub(super) Option<RequestId>);
+pub struct IdempotencyKey(pub Option<RequestId>);
 
 impl<S: Sync> FromRequestParts<S> for IdempotencyKey {
     type Rejection = Failure;

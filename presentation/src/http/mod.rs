@@ -5,7 +5,7 @@
 
 mod bodies;
 mod events;
-mod extract;
+pub mod extract;
 mod guard;
 mod guest;
 mod health;

@@ -13,7 +13,7 @@ use ghost_presentation::grpc::access;
 use ghost_presentation::grpc::status::to_status;
 use ghost_presentation::metrics::Recorder;
 use ghost_presentation::request::{REQUEST_ID, request_id};
-use ghost_presentation::{Shape, TraceParent};
+use ghost_presentation::{Access, CoreReach, Shape, TraceParent};
 use ghost_proto::core::metadata;
 use hyper::body::Incoming;
 use hyper::server::conn::http2;
@@ -31,7 +31,7 @@ use tracing::{Instrument, Span};
 use super::limit::{Limiter, Limits};
 use super::methods::{CoreAccess, CoreMethod, core_method, is_always_ours};
 use super::notes::{Note, Peek};
-use super::routed::Routed;
+use super::routed::{Routed, check_host, check_role};
 use super::services;
 use super::watched::{End, Leash, Watched, outcome};
 use crate::application::audit::{FleetAudit, FleetAuditRecord};
@@ -41,7 +41,7 @@ use crate::application::fleet::Fleet;
 use crate::application::links::HostLinks;
 use crate::application::quota_check::Admission;
 use crate::domain::ports::FleetAuthority;
-use crate::domain::{Caller, CallerSource, PeerIdentity};
+use crate::domain::{Caller, CallerSource, HostRecord, PeerIdentity};
 use crate::presentation::peer::{Peer, PeerKind};
 use crate::presentation::route::Router;
 
@@ -123,15 +123,15 @@ pub struct Parts {
 
 /// Core's gRPC, whichever way a connection came.
 pub struct Front {
-    pub(super) parts: Parts,
-    options: FrontOptions,
-    routed: Routed,
+    pub(in crate::presentation) parts: Parts,
+    pub(in crate::presentation) options: FrontOptions,
+    pub(in crate::presentation) routed: Routed,
     limiter: Arc<Limiter>,
     room: Semaphore,
     routes: Routes,
     /// The last line did not get into the audit log.
     audit_failing: Arc<AtomicBool>,
-    shutdown: CancellationToken,
+    pub(in crate::presentation) shutdown: CancellationToken,
 }
 
 impl std::fmt::Debug for Front {
@@ -143,7 +143,7 @@ impl std::fmt::Debug for Front {
 }
 
 /// A call that is written down.
-pub(super) struct Audit {
+pub(in crate::presentation) struct Audit {
     log: Arc<dyn FleetAudit>,
     failing: Arc<AtomicBool>,
     who: FleetAuditRecord,
@@ -180,7 +180,7 @@ impl Audit {
     }
 
     /// At the end. What was done is done: a line that cannot be written stops the next change.
-    pub(super) async fn end(self, outcome: &str) {
+    pub(in crate::presentation) async fn end(self, outcome: &str) {
         let written = self.log.append(self.record(outcome)).await;
         self.failing.store(written.is_err(), Ordering::Relaxed);
         if let Err(error) = written {
@@ -302,7 +302,7 @@ impl Front {
             audit: None,
             note,
             id: id.clone(),
-            name,
+            action: name.trim_start_matches('/').to_owned(),
         };
         let passed = AssertUnwindSafe(self.pass(peer, ours, theirs, request, &mut context))
             .catch_unwind()
@@ -416,7 +416,7 @@ impl Front {
                 source: caller
                     .map_or("nobody", |caller| source_name(&caller.source))
                     .to_owned(),
-                action: context.name.trim_start_matches('/').to_owned(),
+                action: context.action.clone(),
                 request_id: context.id.clone(),
                 ..FleetAuditRecord::default()
             },
@@ -541,10 +541,7 @@ impl Front {
         let admitted = self.admit(peer, request.headers(), context).await?;
         let caller = &admitted.caller;
         // Whatever is more than a look is written down.
-        let looks = matches!(
-            method.access,
-            ghost_presentation::Access::Role(Role::Viewer) | ghost_presentation::Access::Anyone
-        );
+        let looks = matches!(method.access, Access::Role(Role::Viewer) | Access::Anyone);
         let forwarded = request.headers().contains_key(metadata::FORWARDED)
             && matches!(
                 &peer.kind,
@@ -573,13 +570,80 @@ impl Front {
     }
 }
 
+/// Somebody at a host, by HTTP.
+pub(in crate::presentation) struct Entered {
+    pub(in crate::presentation) admitted: Admitted,
+    pub(in crate::presentation) host: Arc<HostRecord>,
+    pub(in crate::presentation) audit: Option<Audit>,
+}
+
+/// What HTTP asks of the guard.
+pub(in crate::presentation) struct Door<'a> {
+    pub(in crate::presentation) headers: &'a HeaderMap,
+    pub(in crate::presentation) request_id: &'a str,
+    /// For the audit log.
+    pub(in crate::presentation) action: String,
+    pub(in crate::presentation) access: Access,
+    pub(in crate::presentation) reach: CoreReach,
+    pub(in crate::presentation) shape: Shape,
+}
+
+impl Front {
+    /// The guard before a request that goes to a host by HTTP: `pick` says which, once it is known
+    /// who asks.
+    pub(in crate::presentation) async fn enter(
+        &self,
+        door: Door<'_>,
+        pick: impl FnOnce(&Caller, &Note) -> Result<Arc<HostRecord>>,
+    ) -> Result<Entered> {
+        let mut context = Context {
+            admitted: None,
+            audit: None,
+            note: Note::default(),
+            id: door.request_id.to_owned(),
+            action: door.action,
+        };
+        let nobody = Peer {
+            address: None,
+            kind: PeerKind::Nobody,
+        };
+        let admitted = self.admit(&nobody, door.headers, &mut context).await?;
+        let looks = matches!(door.access, Access::Anyone | Access::Role(Role::Viewer));
+        if !looks {
+            self.written(Some(&admitted.caller), door.shape, &mut context)
+                .await?;
+        }
+        let allowed = || {
+            let host = pick(&admitted.caller, &context.note)?;
+            context.note.host(host.id, &host.tenant);
+            check_role(&admitted.caller, door.access, door.reach)?;
+            check_host(&host, door.access, door.reach)?;
+            Ok(host)
+        };
+        match allowed() {
+            Ok(host) => Ok(Entered {
+                admitted,
+                host,
+                audit: context.audit,
+            }),
+            Err(error) => {
+                let error: Error = error;
+                if let Some(audit) = context.audit {
+                    audit.end(error.code().as_str()).await;
+                }
+                Err(error)
+            }
+        }
+    }
+}
+
 /// What the guard learns of a call.
 struct Context {
     admitted: Option<Admitted>,
     audit: Option<Audit>,
     note: Note,
     id: String,
-    name: &'static str,
+    action: String,
 }
 
 fn only(whom: &str) -> Error {

@@ -10,11 +10,11 @@
 //! tables: [`methods::CORE_METHODS`] and, for calls to hosts,
 //! [`ghost_presentation::grpc::access::METHODS`].
 
-mod front;
+pub(in crate::presentation) mod front;
 mod limit;
 pub mod methods;
 mod notes;
-mod routed;
+pub(in crate::presentation) mod routed;
 mod services;
 mod watched;
 

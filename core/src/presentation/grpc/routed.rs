@@ -8,9 +8,9 @@ use axum::http::{HeaderMap, HeaderValue, Request, Response};
 use bytes::{BufMut, Bytes, BytesMut};
 use ghost_domain::fleet::CorePermissions;
 use ghost_domain::{ByteSize, Demand, Error, ErrorCode, Result, Role, TenantName, Timestamp};
-use ghost_presentation::Access;
 use ghost_presentation::grpc::access::Method;
 use ghost_presentation::grpc::{MOST_MESSAGE, code_name};
+use ghost_presentation::{Access, CoreReach};
 use ghost_proto::agent::v1 as agent;
 use ghost_proto::core::metadata;
 use http_body::Body as _;
@@ -29,11 +29,11 @@ const CREATE: &str = "/ghost.agent.v1.VmService/Create";
 const UPDATE: &str = "/ghost.agent.v1.VmService/Update";
 
 /// Calls to hosts.
-pub(super) struct Routed {
-    pub(super) fleet: Arc<Fleet>,
-    pub(super) links: Arc<dyn HostLinks>,
+pub(in crate::presentation) struct Routed {
+    pub(in crate::presentation) fleet: Arc<Fleet>,
+    pub(in crate::presentation) links: Arc<dyn HostLinks>,
     pub(super) router: Arc<Router>,
-    pub(super) admission: Arc<Admission>,
+    pub(in crate::presentation) admission: Arc<Admission>,
     /// This replica's name.
     pub(super) replica: String,
 }
@@ -58,7 +58,7 @@ fn one<'a>(headers: &'a HeaderMap, name: &str) -> Result<Option<&'a str>> {
 }
 
 /// `key=value,key=value`
-fn labels(text: &str) -> Result<Labels> {
+pub(in crate::presentation) fn labels(text: &str) -> Result<Labels> {
     text.split(',')
         .map(|pair| {
             let (key, value) = pair.split_once('=').ok_or_else(|| {
@@ -87,7 +87,7 @@ impl Routed {
         let selector = one(request.headers(), metadata::HOST)?.map(str::to_owned);
         let Some(selector) = selector else {
             if method.path == CREATE {
-                check_role(caller, method)?;
+                check_role(caller, method.access, method.core)?;
                 return self.place(caller, method, request, request_id, note).await;
             }
             return Err(Error::new(
@@ -100,8 +100,8 @@ impl Routed {
             .fleet
             .read(|state| state.find_host(caller, &selector).cloned())?;
         note.host(host.id, &host.tenant);
-        check_role(caller, method)?;
-        check_host(&host, method)?;
+        check_role(caller, method.access, method.core)?;
+        check_host(&host, method.access, method.core)?;
         if forwarded {
             // Admitted by the replica that the caller spoke to.
             return self
@@ -261,13 +261,17 @@ impl Routed {
             .forward(&onward, request)
             .await
             .map_err(|error| match error.code() {
-                ErrorCode::HostOffline => self.offline(host, method, error),
+                ErrorCode::HostOffline => self.offline(host, method.path, error),
                 _ => error,
             })
     }
 
     /// Where the host's link is.
-    fn target(&self, host: &HostRecord, forwarded: bool) -> Result<Target> {
+    pub(in crate::presentation) fn target(
+        &self,
+        host: &HostRecord,
+        forwarded: bool,
+    ) -> Result<Target> {
         if self.links.has(host.id) {
             return Ok(Target::Host(host.id));
         }
@@ -294,7 +298,12 @@ impl Routed {
     }
 
     /// What is said of a host that cannot be reached: since when, and what can be done.
-    fn offline(&self, host: &HostRecord, method: &Method, cause: Error) -> Error {
+    pub(in crate::presentation) fn offline(
+        &self,
+        host: &HostRecord,
+        path: &str,
+        cause: Error,
+    ) -> Error {
         let heard = self
             .fleet
             .host_view(host.id)
@@ -308,7 +317,7 @@ impl Routed {
             "Create", "Start", "Stop", "Restart", "Pause", "Resume", "Delete", "Update",
         ]
         .iter()
-        .any(|verb| method.path == format!("/ghost.agent.v1.VmService/{verb}"));
+        .any(|verb| path == format!("/ghost.agent.v1.VmService/{verb}"));
         let hint = if queueable {
             "say --queue to have it done when the host is back; see ghostctl host show"
         } else {
@@ -362,26 +371,25 @@ fn age(at: Timestamp, now: Timestamp) -> String {
     }
 }
 
-/// Whether the caller's role is enough for a method of a host, and the method one that is reached
-/// through Core at all.
-fn check_role(caller: &Caller, method: &Method) -> Result<()> {
-    match method.access {
-        Access::Anyone => Ok(()),
-        Access::Guests => caller.require(Role::Operator),
-        Access::Role(Role::Admin) => {
-            caller.require(Role::Admin)?;
-            Err(Error::new(
-                ErrorCode::CorePermissionDenied,
-                "only the host's owner does this, on the host itself",
-            )
-            .because("credentials, lockdown and the audit log of a host are never Core's"))
-        }
-        Access::Role(role) => caller.require(role),
+/// Whether the caller's role is enough, and the call one that is made through Core at all.
+pub(super) fn check_role(caller: &Caller, access: Access, reach: CoreReach) -> Result<()> {
+    match access {
+        Access::Anyone => {}
+        Access::Guests => caller.require(Role::Operator)?,
+        Access::Role(role) => caller.require(role)?,
     }
+    if reach == CoreReach::Never {
+        return Err(Error::new(
+            ErrorCode::CorePermissionDenied,
+            "only the host's owner does this, on the host itself",
+        )
+        .because("credentials, lockdown, uploads and the audit log of a host are never Core's"));
+    }
+    Ok(())
 }
 
 /// Whether the host may be used, and its owner lets Core do this. The agent checks the same again.
-fn check_host(host: &HostRecord, method: &Method) -> Result<()> {
+pub(super) fn check_host(host: &HostRecord, access: Access, reach: CoreReach) -> Result<()> {
     match &host.life {
         HostLife::Active => {}
         HostLife::Locked { reason, .. } => {
@@ -399,10 +407,10 @@ fn check_host(host: &HostRecord, method: &Method) -> Result<()> {
             ));
         }
     }
-    let needed = match method.access {
-        Access::Anyone | Access::Role(Role::Viewer) => CorePermissions::Read,
-        Access::Role(_) => CorePermissions::Operate,
-        Access::Guests => CorePermissions::OperateAndEnter,
+    let needed = match (reach, access) {
+        (CoreReach::Enter, _) | (_, Access::Guests) => CorePermissions::OperateAndEnter,
+        (_, Access::Anyone | Access::Role(Role::Viewer)) => CorePermissions::Read,
+        (_, Access::Role(_)) => CorePermissions::Operate,
     };
     if host.permissions >= needed {
         return Ok(());

@@ -6,6 +6,7 @@ use ghost_domain::{Error, ErrorCode, Result};
 use ghost_proto::core::metadata;
 
 use super::{Onward, Target};
+use crate::domain::Caller;
 
 /// The caller's (or our) id of a request.
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -14,7 +15,7 @@ const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 const OURS: &str = "ghost-";
 
 /// What belongs to the caller's connection, or proves who it is to Core and to nobody else.
-fn stays_here(name: &HeaderName) -> bool {
+pub(in crate::presentation) fn stays_here(name: &HeaderName) -> bool {
     const LOCAL: [HeaderName; 12] = [
         header::AUTHORIZATION,
         header::PROXY_AUTHORIZATION,
@@ -36,7 +37,7 @@ fn stays_here(name: &HeaderName) -> bool {
         || matches!(text, "keep-alive" | "proxy-connection")
 }
 
-fn strip(headers: &mut HeaderMap, gone: impl Fn(&HeaderName) -> bool) {
+pub(in crate::presentation) fn strip(headers: &mut HeaderMap, gone: impl Fn(&HeaderName) -> bool) {
     let names: Vec<HeaderName> = headers.keys().filter(|name| gone(name)).cloned().collect();
     for name in names {
         headers.remove(name);
@@ -45,7 +46,7 @@ fn strip(headers: &mut HeaderMap, gone: impl Fn(&HeaderName) -> bool) {
 
 /// A name as metadata: printable ASCII as it is, all else and `%` percent-encoded (as gRPC does for
 /// `grpc-message`), so that two names are never the same on the wire.
-fn encoded(text: &str) -> Result<HeaderValue> {
+pub(in crate::presentation) fn encoded(text: &str) -> Result<HeaderValue> {
     use std::fmt::Write;
     let mut written = String::with_capacity(text.len());
     for byte in text.bytes() {
@@ -59,12 +60,12 @@ fn encoded(text: &str) -> Result<HeaderValue> {
         .map_err(|cause| Error::internal("a name cannot be written as metadata").because(cause))
 }
 
-/// Makes a caller's metadata that of the call to the host.
-pub(super) fn towards_host(headers: &mut HeaderMap, onward: &Onward<'_>) -> Result<()> {
-    strip(headers, stays_here);
-    // Without it a gRPC server may take the client for a proxy that loses trailers.
-    headers.insert(header::TE, HeaderValue::from_static("trailers"));
-    let caller = onward.caller;
+/// Says who calls.
+pub(in crate::presentation) fn vouch(
+    headers: &mut HeaderMap,
+    caller: &Caller,
+    request_id: &str,
+) -> Result<()> {
     headers.insert(metadata::PRINCIPAL, encoded(&caller.full_name())?);
     headers.insert(
         metadata::ROLE,
@@ -73,7 +74,16 @@ pub(super) fn towards_host(headers: &mut HeaderMap, onward: &Onward<'_>) -> Resu
     if let Some(tenant) = &caller.tenant {
         headers.insert(metadata::TENANT, encoded(tenant.as_str())?);
     }
-    headers.insert(REQUEST_ID, encoded(onward.request_id)?);
+    headers.insert(REQUEST_ID, encoded(request_id)?);
+    Ok(())
+}
+
+/// Makes a caller's metadata that of the call to the host.
+pub(super) fn towards_host(headers: &mut HeaderMap, onward: &Onward<'_>) -> Result<()> {
+    strip(headers, stays_here);
+    // Without it a gRPC server may take the client for a proxy that loses trailers.
+    headers.insert(header::TE, HeaderValue::from_static("trailers"));
+    vouch(headers, onward.caller, onward.request_id)?;
     if let Target::Replica { .. } = onward.target {
         headers.insert(metadata::HOST, encoded(&onward.host.to_string())?);
         headers.insert(metadata::FORWARDED, HeaderValue::from_static("1"));
@@ -82,7 +92,7 @@ pub(super) fn towards_host(headers: &mut HeaderMap, onward: &Onward<'_>) -> Resu
 }
 
 /// Takes out of a host's answer what only Core may say.
-pub(super) fn from_host(headers: &mut HeaderMap) {
+pub(in crate::presentation) fn from_host(headers: &mut HeaderMap) {
     strip(headers, |name| {
         let text = name.as_str();
         text.starts_with(OURS)
@@ -116,7 +126,7 @@ mod tests {
     use ghost_presentation::Shape;
 
     use super::*;
-    use crate::domain::{Caller, CallerSource};
+    use crate::domain::CallerSource;
 
     fn caller(name: &str) -> Caller {
         Caller {

@@ -14,7 +14,7 @@
 //!   calls; that is Core's to say ([`headers`]).
 //! - A host that vanishes in the middle ends the call with a status of ours, in the trailers.
 
-mod headers;
+pub(in crate::presentation) mod headers;
 mod pool;
 mod relay;
 
