@@ -20,7 +20,7 @@ use ghost_core::infrastructure::authority::CoreAuthority;
 use ghost_core::infrastructure::listener::{self, GrpcConnection, Listener, ListenerLimits};
 use ghost_core::presentation::grpc::Front;
 use ghost_core::presentation::metrics::{self, MetricsParts};
-use ghost_core::presentation::{Peer, PeerKind, health};
+use ghost_core::presentation::{Peer, PeerKind, http as api};
 use ghost_domain::ports::Clock;
 use ghost_domain::{Error, ErrorCode, Result};
 use ghost_infrastructure::clock::SystemClock;
@@ -318,7 +318,7 @@ impl Serving<'_> {
                     ghost_presentation::Listener::Tls(tcp, tls.http_config()?)
                 }
             };
-            let router = health::router(Arc::clone(self.fleet));
+            let router = api::router(Arc::clone(self.front));
             servers.spawn(serve_http(listener, router, self.stop.clone()));
         }
         if let Some(tcp) = bound.metrics {

@@ -6,7 +6,6 @@
 
 mod convert;
 pub mod grpc;
-pub mod health;
 pub mod http;
 pub mod metrics;
 mod peer;

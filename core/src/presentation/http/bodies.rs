@@ -282,6 +282,10 @@ pub(super) struct QueuedVmBody {
 /// What a command does: one of the kinds, with what that needs.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
+#[expect(
+    clippy::enum_variant_names,
+    reason = "the kinds of commands as they are named everywhere"
+)]
 pub(super) enum ActionBody {
     /// Make a VM.
     CreateVm(QueuedVmBody),

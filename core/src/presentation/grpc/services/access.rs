@@ -36,7 +36,6 @@ fn issued(identity: PersonIdentity) -> IssuedCertificate {
         expires_at: Some(timestamp(identity.issued.expires_at)),
         id: identity.user.id.to_string(),
         role: identity.user.role.as_str().to_owned(),
-        ..IssuedCertificate::default()
     }
 }
 
