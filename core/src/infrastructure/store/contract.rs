@@ -12,7 +12,8 @@ use ghost_domain::{ErrorCode, TenantName, Timestamp};
 use ghost_infrastructure::store::Engine;
 use tempfile::TempDir;
 
-use super::{EmbeddedStore, MemoryStore, samples};
+use super::etcd::tests::Cluster;
+use super::{EmbeddedStore, EtcdStore, MemoryStore, samples};
 use crate::domain::ports::{Committed, Condition, FleetStore, RecordChange, Write};
 use crate::domain::{Quota, Record, RecordKey, Replica, Tenant};
 
@@ -20,6 +21,7 @@ use crate::domain::{Quota, Record, RecordKey, Replica, Tenant};
 enum Place {
     Memory(Arc<super::SharedMemory>),
     Files(TempDir, Engine),
+    Etcd(Cluster),
 }
 
 impl Place {
@@ -30,6 +32,7 @@ impl Place {
                 let path = directory.path().join("store");
                 EmbeddedStore::open(path, *engine).await.unwrap()
             }
+            Self::Etcd(cluster) => EtcdStore::open(cluster.options()).await.unwrap(),
         }
     }
 }
@@ -38,12 +41,14 @@ fn scratch() -> TempDir {
     tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| tempfile::tempdir().unwrap())
 }
 
-fn places() -> Vec<Place> {
-    vec![
+async fn places() -> Vec<Place> {
+    let mut places = vec![
         Place::Memory(Arc::default()),
         Place::Files(scratch(), Engine::Sled),
         Place::Files(scratch(), Engine::Redb),
-    ]
+    ];
+    places.extend(Cluster::start(1).await.map(Place::Etcd));
+    places
 }
 
 fn tenant(name: &str, vms: u32) -> (RecordKey, Record) {
@@ -73,7 +78,7 @@ async fn done(store: &dyn FleetStore, conditions: Vec<Condition>, writes: Vec<Wr
 
 #[tokio::test]
 async fn all_kinds_of_records_survive_but_what_was_leased() {
-    for place in places() {
+    for place in places().await {
         let store = place.open().await;
         let writes = samples::all().into_iter().map(put).collect();
         let revision = done(&*store, vec![], writes).await;
@@ -109,7 +114,7 @@ async fn all_kinds_of_records_survive_but_what_was_leased() {
 
 #[tokio::test]
 async fn a_commit_takes_effect_wholly_or_not_at_all() {
-    for place in places() {
+    for place in places().await {
         let store = place.open().await;
         let (one, two) = (tenant("one", 1), tenant("two", 1));
         let first = done(
@@ -175,7 +180,7 @@ async fn until(
 
 #[tokio::test]
 async fn a_watch_tells_what_came_after_a_revision_in_order() {
-    for place in places() {
+    for place in places().await {
         let store = place.open().await;
         let before = done(&*store, vec![], vec![put(tenant("before", 1))]).await;
         let (revision, _) = store.load().await.unwrap();
@@ -214,7 +219,7 @@ async fn a_watch_tells_what_came_after_a_revision_in_order() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn of_racers_on_one_record_each_version_has_one_winner() {
-    for place in places() {
+    for place in places().await {
         let store = place.open().await;
         let racers = (0..8).map(|_| {
             let store = Arc::clone(&store);
@@ -249,7 +254,7 @@ async fn of_racers_on_one_record_each_version_has_one_winner() {
 
 #[tokio::test]
 async fn what_a_process_leased_is_gone_when_it_comes_back() {
-    for place in places() {
+    for place in places().await {
         let store = place.open().await;
         let key = RecordKey::Replica("one".into());
         let replica = Replica {

@@ -2,6 +2,7 @@
 //! replica, etcd for several.
 
 mod embedded;
+mod etcd;
 mod memory;
 mod rows;
 
@@ -11,4 +12,5 @@ mod contract;
 mod samples;
 
 pub use embedded::EmbeddedStore;
+pub use etcd::{EtcdOptions, EtcdStore, EtcdTls};
 pub use memory::{MemoryStore, SharedMemory};
