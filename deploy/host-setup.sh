@@ -31,6 +31,8 @@ BUILD=(gcc g++ libc6-dev make pkg-config git)
 # The image builds make file systems, boot loaders and archives from plain packages, without loop devices.
 IMAGES=(busybox-static cpio kmod xz-utils zstd e2fsprogs dosfstools mtools fdisk python3
     grub-pc-bin grub-common debootstrap)
+# Several replicas of Core keep their records in etcd; the tests start members of their own.
+FLEET=(etcd-server)
 
 say() { printf 'host-setup: %s\n' "$*"; }
 die() {
@@ -79,7 +81,7 @@ build) VIRT+=("${VIRT_BUILD[@]}") PLAIN+=("${BUILD[@]}") ;;
 runtime) VIRT+=("${VIRT_RUNTIME[@]}") PLAIN+=("${RUNTIME[@]}") ;;
 all)
     VIRT+=("${VIRT_RUNTIME[@]}" "${VIRT_BUILD[@]}")
-    PLAIN+=("${RUNTIME[@]}" "${BUILD[@]}" "${IMAGES[@]}")
+    PLAIN+=("${RUNTIME[@]}" "${BUILD[@]}" "${IMAGES[@]}" "${FLEET[@]}")
     ;;
 esac
 

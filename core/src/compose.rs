@@ -11,11 +11,12 @@ use ghost_core::application::quota_check::Admission;
 use ghost_core::domain::ports::FleetStore;
 use ghost_core::infrastructure::audit::FileFleetAudit;
 use ghost_core::infrastructure::authority::CoreAuthority;
-use ghost_core::infrastructure::store::EmbeddedStore;
+use ghost_core::infrastructure::store::{EmbeddedStore, EtcdOptions, EtcdStore, EtcdTls};
 use ghost_core::presentation::grpc::{Front, FrontOptions, Limits, Parts};
 use ghost_core::presentation::route::{PoolOptions, Router};
 use ghost_domain::ports::Clock;
 use ghost_domain::{Error, ErrorCode, Result};
+use ghost_infrastructure::config::FullPath;
 use ghost_infrastructure::identity::ServerNames;
 use ghost_infrastructure::process;
 use ghost_infrastructure::store::{Engine, Helper, StoreOptions};
@@ -109,13 +110,7 @@ pub(crate) async fn store(config: &Config) -> Result<Arc<dyn FleetStore>> {
     let engine = match config.store.engine {
         config::Engine::Sled => Engine::Sled,
         config::Engine::Redb => Engine::Redb,
-        config::Engine::Etcd => {
-            return Err(Error::new(
-                ErrorCode::StoreUnavailable,
-                "this release cannot keep its records in etcd",
-            )
-            .hint("set store.engine: sled"));
-        }
+        config::Engine::Etcd => return etcd(&config.store.etcd).await,
     };
     // The helper is this program itself: it opens the files first, so that a panic, a hang or an
     // absurd allocation of the engine ends a process that nobody needs.
@@ -127,6 +122,35 @@ pub(crate) async fn store(config: &Config) -> Result<Arc<dyn FleetStore>> {
         ..StoreOptions::new(config.core.data_dir.path().join("state"))
     };
     Ok(EmbeddedStore::open_with(options).await?)
+}
+
+/// Reaches the records in etcd.
+async fn etcd(config: &config::Etcd) -> Result<Arc<dyn FleetStore>> {
+    let endpoints = config.endpoints.0.iter().map(|one| one.0.clone()).collect();
+    let mut options = EtcdOptions::new(endpoints, config.prefix.0.clone());
+    options.lease = config.lease;
+    let read = async |path: &FullPath| {
+        let path = path.path();
+        tokio::fs::read(path).await.map_err(|cause| {
+            Error::new(
+                ErrorCode::IoFailed,
+                format!("cannot read {}", path.display()),
+            )
+            .because(cause)
+            .hint("see store.etcd in the configuration")
+        })
+    };
+    if let Some(authority) = &config.ca {
+        let identity = match (&config.certificate, &config.key) {
+            (Some(certificate), Some(key)) => Some((read(certificate).await?, read(key).await?)),
+            _ => None,
+        };
+        options.tls = Some(EtcdTls {
+            authority: read(authority).await?,
+            identity,
+        });
+    }
+    Ok(EtcdStore::open(options).await?)
 }
 
 /// Opens the CA, or makes it at the first start.

@@ -85,8 +85,7 @@ pub trait FleetStore: Send + Sync {
     /// `StoreUnavailable` where it cannot be said to have taken effect.
     async fn commit(&self, conditions: Vec<Condition>, writes: Vec<Write>) -> Result<Committed>;
 
-    /// Whether other replicas may use the same records at the same time. The epoch of such a store
-    /// does not rise when one of them starts.
+    /// Whether other replicas may use the same records at the same time.
     fn is_shared(&self) -> bool {
         false
     }

@@ -310,7 +310,7 @@ impl Desk {
         }
         let (core_id, epoch) = self
             .fleet
-            .read(|state| (state.core_id().to_owned(), state.epoch()));
+            .read(|state| (state.core_id().to_owned(), state.link_epoch(peer.host)));
         let welcome = Welcome {
             protocol_version: hello.protocol_version.min(newest),
             core_version: self.options.version.clone(),

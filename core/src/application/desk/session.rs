@@ -328,7 +328,7 @@ impl<R: ControlReader, W: ControlWriter> Session<R, W> {
                 .filter(|one| one.status == CommandStatus::Queued && one.generation < generation)
                 .map(|one| one.generation)
                 .max();
-            (state.epoch(), previous.unwrap_or(0))
+            (state.link_epoch(host), previous.unwrap_or(0))
         });
         let message = ToHost::Command {
             issued_at: command.issued_at,

@@ -120,16 +120,16 @@ impl Drop for Fleet {
 
 impl Fleet {
     /// Loads all records, follows the store's changes from there, and makes what every Core has: an
-    /// identity, an epoch and the tenant `default`. The epoch of an embedded store rises with each
-    /// start, because its files may have been put back from a copy; a shared one goes on while
-    /// replicas come and go.
+    /// identity, an epoch and the tenant `default`. The epoch rises with each start, because the
+    /// records may have been put back from a copy: to the time of the start in milliseconds, so that
+    /// it is beyond whatever hosts saw before that copy was put back.
     ///
     /// # Errors
     /// `StoreUnavailable`.
     pub async fn start(store: Arc<dyn FleetStore>, clock: Arc<dyn Clock>) -> Result<Arc<Self>> {
         let (revision, records) = store.load().await?;
         let stream = store.watch(revision).await?;
-        let mut state = FleetState::default();
+        let mut state = FleetState::of(store.is_shared());
         state.replace(revision, records, &mut Touched::default());
         let fleet = Arc::new(Self {
             store,
@@ -161,7 +161,6 @@ impl Fleet {
 
     /// Makes what every Core has.
     async fn found(&self) -> Result<()> {
-        let rises = !self.store.is_shared();
         let name = TenantName::new(TenantName::DEFAULT)?;
         let now = self.clock.now();
         self.transact(move |state| {
@@ -170,10 +169,9 @@ impl Fleet {
                 let id = Record::CoreId(Uuid::new_v4().to_string());
                 draft.put(RecordKey::CoreId, id);
             }
-            if rises || state.epoch() == 0 {
-                let next = state.epoch().saturating_add(1);
-                draft.put(RecordKey::Epoch, Record::Epoch(next));
-            }
+            let millis = u64::try_from(now.unix_millis()).unwrap_or_default();
+            let next = state.epoch().saturating_add(1).max(millis);
+            draft.put(RecordKey::Epoch, Record::Epoch(next));
             if state.tenants().len() == 0 {
                 let tenant = Tenant {
                     name: name.clone(),

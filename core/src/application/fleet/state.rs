@@ -44,6 +44,8 @@ impl Touched {
 #[derive(Debug, Default)]
 pub struct FleetState {
     revision: u64,
+    /// Whether other replicas use the same records.
+    shared: bool,
     hosts: BTreeMap<HostId, Versioned<Arc<HostRecord>>>,
     /// By name first, so that one without a tenant finds all hosts of a name. The tenant is always
     /// there: `None` sorts before all of them, which makes it the begin of a search.
@@ -71,6 +73,14 @@ fn place(command: &QueuedCommand) -> (HostId, u64) {
 }
 
 impl FleetState {
+    /// Nothing yet, of a store that other replicas may use too.
+    pub(super) fn of(shared: bool) -> Self {
+        Self {
+            shared,
+            ..Self::default()
+        }
+    }
+
     /// The revision of the store that this is of.
     pub fn revision(&self) -> u64 {
         self.revision
@@ -89,6 +99,14 @@ impl FleetState {
     /// The epoch of the records.
     pub fn epoch(&self) -> u64 {
         self.epoch.as_ref().map_or(0, |one| one.value)
+    }
+
+    /// The epoch for the link that a host has now. Where several replicas use the records it rises
+    /// with each change of the owner: by the revision in which the present one took it.
+    pub fn link_epoch(&self, host: HostId) -> u64 {
+        let owner = self.owners.get(&host).filter(|_| self.shared);
+        self.epoch()
+            .saturating_add(owner.map_or(0, |owner| owner.version))
     }
 
     /// All hosts, in the order of their ids.

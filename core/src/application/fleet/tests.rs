@@ -99,15 +99,22 @@ async fn the_first_start_founds_a_core_and_each_start_raises_the_epoch() {
     let store = MemoryStore::new();
     let first = start(&store).await;
     let id = first.read(|state| state.core_id().to_owned());
-    assert_eq!(first.read(|state| state.epoch()), 1);
+    let epoch = first.read(|state| state.epoch());
     assert!(first.read(|state| state.tenant(&tenant("default")).is_some()));
     let second = start(&store).await;
-    assert_eq!(second.read(|state| state.epoch()), 2);
+    // The clock stands still, and yet it rises.
+    assert_eq!(second.read(|state| state.epoch()), epoch + 1);
     assert_eq!(second.read(|state| state.core_id().to_owned()), id);
+    // A copy of the records from before is put back, a moment later.
+    let clock = TurnedClock::new();
+    clock.turn(Duration::from_secs(1));
+    let copy = MemoryStore::new();
+    let third = Fleet::start(copy as _, clock).await.unwrap();
+    assert!(third.read(|state| state.epoch()) > epoch + 1);
 }
 
 #[tokio::test]
-async fn replicas_found_one_core_and_leave_its_epoch_alone() {
+async fn replicas_found_one_core_and_each_owner_of_a_host_has_a_higher_epoch() {
     let shared = Arc::new(SharedMemory::default());
     let stores: Vec<_> = (0..4).map(|_| MemoryStore::shared(&shared)).collect();
     let fleets = futures::future::join_all(stores.iter().map(start)).await;
@@ -116,10 +123,32 @@ async fn replicas_found_one_core_and_leave_its_epoch_alone() {
         .map(|fleet| fleet.read(|state| state.core_id().to_owned()))
         .collect();
     assert_eq!(ids.len(), 1);
+    let id = add(&fleets[0], host(1, "acme", "pc")).await;
+    let mut epochs = Vec::new();
+    for (fleet, link) in fleets.iter().zip(1..) {
+        while fleet.read(|state| state.host(id).is_none()) {
+            tokio::task::yield_now().await;
+        }
+        fleet
+            .transact(|state| {
+                state.require_host(id)?;
+                let mut draft = state.draft();
+                let owner = Ownership {
+                    host: id,
+                    replica: format!("core-{link}"),
+                    link,
+                    since: Timestamp::default(),
+                };
+                draft.put(RecordKey::Owner(id), Record::Owner(owner));
+                Ok(draft.done(()))
+            })
+            .await
+            .unwrap();
+        epochs.push(fleet.read(|state| state.link_epoch(id)));
+    }
     assert!(
-        fleets
-            .iter()
-            .all(|fleet| fleet.read(|state| state.epoch()) == 1)
+        epochs.windows(2).all(|pair| pair[0] < pair[1]),
+        "{epochs:?}"
     );
 }
 

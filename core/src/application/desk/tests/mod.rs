@@ -23,7 +23,8 @@ async fn a_host_that_says_hello_is_online_and_its_vms_are_known() {
     let Some(ToHost::Welcome(welcome)) = link.next().await else {
         panic!("no welcome");
     };
-    assert_eq!((welcome.epoch, welcome.replica.as_str()), (1, "core-1"));
+    let epoch = core.fleet.read(|state| state.link_epoch(host));
+    assert_eq!((welcome.epoch, welcome.replica.as_str()), (epoch, "core-1"));
     assert_eq!(core.state(host), "online");
     assert!(core.desk.has(host) && core.desk.open(host).await.is_ok());
     link.say(beat(1, true, vec![vm(1, "web")], 103));
