@@ -45,6 +45,11 @@ pub(crate) fn say(text: &str) -> ExitCode {
     }
 }
 
+/// Writes a line for people, beside the data.
+pub(crate) fn note(text: &str) {
+    complain(text);
+}
+
 /// Where even this cannot be written nobody is there to read it.
 fn complain(text: &str) {
     drop(writeln!(std::io::stderr(), "{text}"));

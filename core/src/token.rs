@@ -8,7 +8,7 @@ use std::time::Duration;
 use ghost_domain::{Error, ErrorCode, Result};
 use ghost_infrastructure::config::Scalar;
 use ghost_proto::core::v1::fleet_service_client::FleetServiceClient;
-use ghost_proto::core::v1::{CreateFleetTokenRequest, FleetToken};
+use ghost_proto::core::v1::{CreateFleetTokenRequest, CreateTenantRequest, FleetToken};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Uri};
@@ -29,7 +29,8 @@ pub(crate) enum Command {
     /// The token carries Core's address and the fingerprint of its CA. Whoever has it can use it
     /// once, until it ends; Core keeps only a hash of it.
     Create {
-        /// The tenant; `*` with --role admin makes an administrator of all tenants.
+        /// The tenant, which is made where there is none yet; `*` with --role admin makes an
+        /// administrator of all tenants.
         #[arg(long, default_value = "default")]
         tenant: String,
         /// How long it can be used, such as 10m; at most 1h.
@@ -99,7 +100,7 @@ pub(crate) fn execute(command: &Command) -> Result<ExitCode> {
         .enable_all()
         .build()
         .map_err(|cause| Error::internal("the async runtime cannot be started").because(cause))?;
-    let token = runtime.block_on(ask(socket, request))?;
+    let token = runtime.block_on(make(socket, request))?;
     Ok(report::say(&written(&token, *output)))
 }
 
@@ -123,14 +124,30 @@ fn written(token: &FleetToken, output: Output) -> String {
     }
 }
 
-async fn ask(socket: &Path, request: CreateFleetTokenRequest) -> Result<FleetToken> {
+/// Whoever reaches the local socket may make tenants too: a first token of a tenant makes it, and says
+/// so, because a misspelt name would otherwise make one unseen.
+async fn make(socket: &Path, request: CreateFleetTokenRequest) -> Result<FleetToken> {
     let mut client = FleetServiceClient::new(connect(socket).await?);
-    let answer = tokio::time::timeout(PATIENCE, client.create_token(request))
-        .await
-        .map_err(|_| {
-            Error::new(ErrorCode::DeadlineExceeded, "Core did not answer in time")
-                .hint("see its log: journalctl -u ghost-core")
-        })?;
+    match ask(client.create_token(request.clone())).await {
+        Err(error) if error.code() == ErrorCode::TenantNotFound => {}
+        answered => return answered,
+    }
+    let tenant = CreateTenantRequest {
+        name: request.tenant.clone(),
+        ..CreateTenantRequest::default()
+    };
+    ask(client.create_tenant(tenant)).await?;
+    report::note(&format!("made the tenant {}", request.tenant));
+    ask(client.create_token(request)).await
+}
+
+async fn ask<T>(
+    call: impl Future<Output = std::result::Result<tonic::Response<T>, tonic::Status>>,
+) -> Result<T> {
+    let answer = tokio::time::timeout(PATIENCE, call).await.map_err(|_| {
+        Error::new(ErrorCode::DeadlineExceeded, "Core did not answer in time")
+            .hint("see its log: journalctl -u ghost-core")
+    })?;
     answer.map(tonic::Response::into_inner).map_err(|status| {
         let details = status.get_error_details();
         let info = details.error_info();

@@ -23,9 +23,9 @@ mod socket;
 mod tunnel;
 
 pub use access::{Access, Shape};
+pub use connection::{CertificateReader, ConnectionLimits, Listener, PeerCertificate};
 /// How far a call reaches that comes through Ghost Core.
 pub use ghost_application::fleet::CoreReach;
-pub use connection::{CertificateReader, ConnectionLimits, Listener, PeerCertificate};
 pub use socket::{LocalPeer, LocalSocket, SOCKET_GROUP};
 pub use tunnel::{CoreStream, listeners as core_listeners};
 

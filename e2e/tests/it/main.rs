@@ -16,6 +16,7 @@ mod collector;
 mod crash_points;
 mod crash_random;
 mod debian;
+mod fleet;
 mod frozen;
 mod honesty;
 mod hostile;

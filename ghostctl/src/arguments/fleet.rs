@@ -18,6 +18,22 @@ pub(crate) struct Queue {
     pub(crate) queue: Option<Duration>,
 }
 
+/// This host's link to Ghost Core.
+#[derive(Debug, Subcommand)]
+pub(crate) enum CoreCommand {
+    /// How the link fares, and what Core may do here
+    Status,
+    /// End a wait and connect at once
+    Reconnect,
+    /// Let Core delete more than a fifth of the VMs for a while
+    AllowDeletes {
+        /// For how long, at most 24h; 0s takes it back
+        #[arg(long = "for", value_name = "TIME", default_value = "10m",
+              value_parser = values::duration)]
+        duration: Duration,
+    },
+}
+
 /// Hosts of the fleet. HOST is a name, a full id, or a unique prefix of an id; who is bound to no
 /// tenant may write tenant/name.
 #[derive(Debug, Subcommand)]

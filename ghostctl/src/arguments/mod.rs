@@ -14,8 +14,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub(crate) use access::{ContextAdd, ContextCommand, KeyCommand, KeyCreate, Role, TrustCommand};
 pub(crate) use fleet::{
-    HostCommand, HostList, HostToken, QueueCommand, QueueList, QuotaArgs, TenantCommand, TenantSet,
-    UserCommand, UserSet,
+    CoreCommand, HostCommand, HostList, HostToken, QueueCommand, QueueList, QuotaArgs,
+    TenantCommand, TenantSet, UserCommand, UserSet,
 };
 pub(crate) use guest::{
     AuditCommand, AuditList, CpArgs, ExecArgs, GuestAccess, GuestAddress, GuestCommand,
@@ -160,6 +160,9 @@ pub(crate) enum Command {
     Events(EventsArgs),
     /// The host, its resources, and what does not work
     Status,
+    /// This host's link to Ghost Core
+    #[command(subcommand)]
+    Core(CoreCommand),
     /// Hosts of the fleet
     #[command(subcommand, visible_alias = "hosts")]
     Host(HostCommand),

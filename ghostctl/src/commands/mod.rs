@@ -5,6 +5,7 @@ mod audit;
 mod change;
 mod completion;
 mod context;
+mod core;
 mod cp;
 mod describe;
 mod describe_fleet;
@@ -80,6 +81,7 @@ pub(crate) async fn run(command: Command, session: &Session) -> Result<Exit, Fai
         },
         Command::Events(args) => events::run(args, session).await,
         Command::Status => status::run(session).await,
+        Command::Core(command) => core::run(command, session).await,
         Command::Host(command) => hosts::run(command, session).await,
         Command::Queue(command) => queue::run(command, session).await,
         Command::Tenant(command) => tenants::tenant(command, session).await,
