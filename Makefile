@@ -13,7 +13,7 @@ GUEST_TARGET := x86_64-unknown-linux-gnu
 GUEST   := $(or $(CARGO_TARGET_DIR),target)/$(GUEST_TARGET)/guest
 
 .DEFAULT_GOAL := help
-.PHONY: help deps cargo-there build guest hostile guest-packages images demo test lint proto bench install uninstall clean
+.PHONY: help deps cargo-there build guest hostile guest-packages images demo demo-fleet test lint proto bench install uninstall clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ images: ## both guest images, under build/images/ (root)
 
 demo: ## sets this host up and shows one VM's life (root; IMAGE=tiny or debian-12)
 	@IMAGE=$(IMAGE) deploy/demo.sh
+
+demo-fleet: ## a Core and two hosts that join it, on this machine (root)
+	@deploy/demo-fleet.sh
 
 test: ## sets this host up and runs every tier (root)
 	@deploy/test.sh
