@@ -179,6 +179,9 @@ gone() { [ -z "$(ghostctl command list -o name)" ]; }
 until_ok gone
 show ghostctl command list --all
 show ghostctl --host "$HOST" vm delete web
+# Core hears of it from the host a moment later.
+none() { [ -z "$(ghostctl list -o name)" ]; }
+until_ok none
 
 step "The state of it all"
 show ghostctl status
