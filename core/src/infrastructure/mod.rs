@@ -3,4 +3,5 @@
 pub mod audit;
 pub mod authority;
 pub mod listener;
+pub mod oidc;
 pub mod store;
