@@ -4,13 +4,14 @@ use std::net::IpAddr;
 use std::num::NonZeroU32;
 use std::sync::Arc;
 
-use ghost_core::application::callers::Callers;
+use ghost_core::application::callers::{BearerVerifier, Callers};
 use ghost_core::application::desk::Desk;
 use ghost_core::application::fleet::Fleet;
 use ghost_core::application::quota_check::Admission;
 use ghost_core::domain::ports::FleetStore;
 use ghost_core::infrastructure::audit::FileFleetAudit;
 use ghost_core::infrastructure::authority::CoreAuthority;
+use ghost_core::infrastructure::oidc::{OidcOptions, OidcVerifier};
 use ghost_core::infrastructure::store::{EmbeddedStore, EtcdOptions, EtcdStore, EtcdTls};
 use ghost_core::presentation::grpc::{Front, FrontOptions, Limits, Parts};
 use ghost_core::presentation::route::{PoolOptions, Router};
@@ -153,6 +154,21 @@ async fn etcd(config: &config::Etcd) -> Result<Arc<dyn FleetStore>> {
     Ok(EtcdStore::open(options).await?)
 }
 
+/// Who verifies tokens of the configured issuer.
+fn bearers(config: &config::Oidc, fleet: &Arc<Fleet>) -> Result<Option<Arc<dyn BearerVerifier>>> {
+    let (Some(issuer), Some(audience)) = (&config.issuer, &config.audience) else {
+        return Ok(None);
+    };
+    let options = OidcOptions {
+        issuer: issuer.0.clone(),
+        audience: audience.0.clone(),
+        roles_claim: config.roles_claim.0.clone(),
+        tenant_claim: config.tenant_claim.0.clone(),
+    };
+    let verifier = OidcVerifier::new(options, Arc::clone(fleet))?;
+    Ok(Some(Arc::new(verifier)))
+}
+
 /// Opens the CA, or makes it at the first start.
 ///
 /// # Errors
@@ -208,7 +224,10 @@ pub(crate) async fn front(
         fleet: Arc::clone(fleet),
         links,
         router: Arc::new(router),
-        callers: Arc::new(Callers::new(Arc::clone(fleet), None)),
+        callers: Arc::new(Callers::new(
+            Arc::clone(fleet),
+            bearers(&config.oidc, fleet)?,
+        )),
         admission: Arc::new(Admission::new(Arc::clone(fleet))),
         audit: Arc::new(audit),
         recorder: Arc::clone(recorder),

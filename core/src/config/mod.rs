@@ -12,7 +12,7 @@ use ghost_infrastructure::config;
 pub(crate) use ghost_infrastructure::config::{EXIT_CONFIG, Faults, Listen};
 
 pub(crate) use self::command::{Command, execute};
-pub(crate) use self::schema::{Config, Etcd};
+pub(crate) use self::schema::{Config, Etcd, Oidc};
 pub(crate) use self::value::Engine;
 
 /// Where the configuration lies when nobody says otherwise.
