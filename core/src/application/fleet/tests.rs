@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 use uuid::Uuid;
 
 use super::{Fleet, HostChanges};
+use crate::domain::ports::{FleetStore, Write};
 use crate::domain::{
     Caller, CallerSource, HostLife, HostRecord, HostState, Inventory, Ownership, Quota, Record,
     RecordKey, Tenant,
@@ -414,4 +415,78 @@ async fn what_a_replica_leased_goes_with_it() {
     while fleets[1].read(|state| state.owner(id).is_some()) {
         live.changed().await;
     }
+}
+
+/// Bytes of this process in memory.
+fn resident() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:"));
+    let kibibytes = line
+        .and_then(|line| line.split_whitespace().nth(1))
+        .unwrap();
+    kibibytes.parse::<u64>().unwrap() * 1024
+}
+
+/// Prints figures; run it by itself: `cargo test -p ghost-core --release measure_ -- --ignored
+/// --nocapture`.
+#[tokio::test]
+#[ignore = "prints figures that depend on the machine"]
+async fn measure_ten_thousand_hosts_with_two_vms_each() {
+    const HOSTS: u128 = 10_000;
+    let store = MemoryStore::new();
+    for first in (0..HOSTS).step_by(100) {
+        let mut writes = Vec::new();
+        for number in first..first + 100 {
+            let host = host(number << 64 | number, "acme", &format!("pc-{number}"));
+            let inventory = crate::infrastructure::store::sample_inventory(2);
+            let key = RecordKey::Inventory(host.id);
+            writes.push(Write::Put(key, Record::Inventory(Box::new(inventory))));
+            let name = RecordKey::HostName(host.tenant.clone(), host.name.to_string());
+            writes.push(Write::Put(name, Record::HostName(host.id)));
+            writes.push(Write::Put(
+                RecordKey::Host(host.id),
+                Record::Host(Box::new(host)),
+            ));
+        }
+        store.commit(vec![], writes).await.unwrap();
+    }
+    let before = resident();
+    let fleet = start(&store).await;
+    for id in fleet.read(|state| state.hosts().map(|host| host.id).collect::<Vec<_>>()) {
+        fleet.live(id).set_linked(true);
+    }
+    let after = resident();
+    println!("memory: {} bytes a host", (after - before) / HOSTS as u64);
+    let timed = |what: &str, work: &dyn Fn() -> usize| {
+        let mut times: Vec<_> = (0..11)
+            .map(|_| {
+                let began = std::time::Instant::now();
+                let count = work();
+                (began.elapsed(), count)
+            })
+            .collect();
+        times.sort_unstable();
+        println!(
+            "{what}: {:?} at the median ({} found)",
+            times[5].0, times[5].1
+        );
+    };
+    timed("all VMs of all hosts", &|| {
+        let all = fleet.inventories();
+        all.iter()
+            .flat_map(|(_, inventory)| inventory.vms.values())
+            .filter(|vm| !vm.name.is_empty())
+            .count()
+    });
+    timed("all hosts as they are shown", &|| {
+        fleet.host_views(|_| true).len()
+    });
+    timed("one look at all shown states", &|| {
+        fleet.look();
+        0
+    });
+    let caller = caller(Some("acme"));
+    timed("a host by its name", &|| {
+        fleet.read(|state| state.find_host(&caller, "pc-7777").map(|_| 1).unwrap_or(0))
+    });
 }

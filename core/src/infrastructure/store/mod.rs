@@ -14,3 +14,9 @@ mod samples;
 pub use embedded::EmbeddedStore;
 pub use etcd::{EtcdOptions, EtcdStore, EtcdTls};
 pub use memory::{MemoryStore, SharedMemory};
+
+/// A host's word with so many VMs.
+#[cfg(test)]
+pub(crate) fn sample_inventory(vms: u128) -> crate::domain::Inventory {
+    samples::inventory(vms)
+}
