@@ -1,5 +1,6 @@
 //! A Core with a host, in memory: records, the door, the way through, an agent at the end.
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,7 +18,7 @@ use ghost_core::domain::{
 };
 use ghost_core::infrastructure::audit::FileFleetAudit;
 use ghost_core::infrastructure::store::MemoryStore;
-use ghost_core::presentation::grpc::{Front, FrontOptions, Parts};
+use ghost_core::presentation::grpc::{Front, FrontOptions, Limits, Parts};
 use ghost_core::presentation::route::{PoolOptions, Router};
 use ghost_core::presentation::{Peer, PeerKind};
 use ghost_domain::fleet::{CorePermissions, FleetFacts};
@@ -117,6 +118,11 @@ impl World {
     pub(crate) async fn start() -> Self {
         Self::with(FrontOptions {
             recheck: Duration::from_millis(50),
+            // Everybody calls from one address here, and a matrix calls as fast as it can.
+            limits: Limits {
+                per_second: NonZeroU32::MAX,
+                burst: NonZeroU32::MAX,
+            },
             ..FrontOptions::default()
         })
         .await
