@@ -295,7 +295,8 @@ fn wrong_absent_and_expired_certificates_are_refused() {
 fn anonymous_call(agent: &Agent, authority: &Path) -> String {
     let body = agent.folder().join("empty-message");
     fs::write(&body, [0; 5]).unwrap();
-    let output = Command::new("curl")
+    let mut command = Command::new("curl");
+    command
         .args([
             "-sS",
             "--http2",
@@ -312,9 +313,16 @@ fn anonymous_call(agent: &Agent, authority: &Path) -> String {
         .arg(format!(
             "https://127.0.0.1:{}/ghost.agent.v1.VmService/List",
             agent.grpc_port()
-        ))
-        .output()
-        .unwrap();
+        ));
+    // The refusal needs no body, and comes before curl has sent its own now and then; curl 7.88 then
+    // fails (92) instead of reading the answer, as RFC 9113, 8.1 has it.
+    let mut output = command.output().unwrap();
+    for _ in 0..20 {
+        if output.status.code() != Some(92) {
+            break;
+        }
+        output = command.output().unwrap();
+    }
     let head = String::from_utf8_lossy(&output.stdout).to_lowercase();
     head.lines()
         .find_map(|line| {
