@@ -84,7 +84,11 @@ fn refuse(why: &str) -> io::Error {
 
 fn read_at(file: &File, into: &mut [u8], at: u64) -> io::Result<()> {
     file.read_exact_at(into, at).map_err(|error| {
-        if error.kind() == io::ErrorKind::UnexpectedEof {
+        // An offset beyond what a file can have is no valid argument to the system.
+        if matches!(
+            error.kind(),
+            io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidInput
+        ) {
             refuse("it is no ELF program, or cut off")
         } else {
             error
