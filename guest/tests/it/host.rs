@@ -84,21 +84,39 @@ impl Host {
 
     pub(crate) fn hello(&mut self, interval: Option<Duration>) -> AgentReady {
         self.session = unique();
-        self.send(
-            &[],
-            Payload::Hello(Hello {
-                oldest_version: 1,
-                newest_version: self.version,
-                host_version: "test".into(),
-                telemetry_interval: interval.map(|time| prost_types::Duration {
-                    seconds: i64::try_from(time.as_secs()).unwrap(),
-                    nanos: i32::try_from(time.subsec_nanos()).unwrap(),
-                }),
-                capabilities: Vec::new(),
+        let hello = Payload::Hello(Hello {
+            oldest_version: 1,
+            newest_version: self.version,
+            host_version: "test".into(),
+            telemetry_interval: interval.map(|time| prost_types::Duration {
+                seconds: i64::try_from(time.as_secs()).unwrap(),
+                nanos: i32::try_from(time.subsec_nanos()).unwrap(),
             }),
-        );
+            capabilities: Vec::new(),
+        });
+        self.send(&[], hello.clone());
+        // One that comes before the guest has seen its port open is lost: it is repeated, as the
+        // host's links do.
+        let mut bytes = BytesMut::new();
+        let message = AgentMessage {
+            session: self.session.clone(),
+            payload: Some(hello),
+            ..AgentMessage::default()
+        };
+        frame::encode(&message, &mut bytes).unwrap();
+        let mut stream = self.stream.try_clone().unwrap();
+        let (greeted, waiting) = std::sync::mpsc::channel::<()>();
+        let repeating = std::thread::spawn(move || {
+            while waiting.recv_timeout(Duration::from_secs(10))
+                == Err(std::sync::mpsc::RecvTimeoutError::Timeout)
+            {
+                stream.write_all(&bytes).unwrap();
+            }
+        });
         let session = self.session.clone();
         let ready = self.take(|message| message.session == session);
+        drop(greeted);
+        repeating.join().unwrap();
         match ready.payload {
             Some(Payload::AgentReady(ready)) => ready,
             other => panic!("{other:?}"),
