@@ -9,7 +9,7 @@ use ghost_application::{Application, Options, Ports};
 use ghost_domain::ports::{
     CertificateAuthority, Clock, Hypervisor, ImageCatalogue, NetworkProvider, StateStore,
 };
-use ghost_domain::{Error, ErrorCode, Overcommit, Reserved, Result};
+use ghost_domain::{Overcommit, Reserved, Result};
 use ghost_infrastructure::audit::{AuditOptions, FileAuditLog};
 use ghost_infrastructure::clock::SystemClock;
 use ghost_infrastructure::guest_link::{
@@ -19,6 +19,7 @@ use ghost_infrastructure::host::LinuxHost;
 use ghost_infrastructure::identity::Authority;
 use ghost_infrastructure::images::{DirectoryImageCache, FileImageCatalogue, ImageCacheOptions};
 use ghost_infrastructure::libvirt::{LibvirtHypervisor, LibvirtOptions};
+use ghost_infrastructure::process;
 use ghost_infrastructure::simulated::{SimulatedHypervisor, SimulatedOptions};
 use ghost_infrastructure::store::{self, Helper, StoreOptions};
 use ghost_infrastructure::vm_storage::{DirectoryVmStorage, VmStorageOptions};
@@ -188,33 +189,6 @@ fn open_store(config: &Config) -> Result<Arc<dyn StateStore>> {
 
 /// The data folder must be traversable by QEMU's user, and writable by nobody but us.
 pub(crate) fn prepare_data_dir(path: &Path) -> Result<()> {
-    use std::os::unix::fs::{DirBuilderExt, MetadataExt};
-    let failed = |cause: &dyn std::fmt::Display| {
-        Error::new(
-            ErrorCode::IoFailed,
-            format!("the data folder {} cannot be used", path.display()),
-        )
-        .because(cause)
-        .hint("make it, or set agent.data_dir; ghost-agent must run as root")
-    };
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o711)
-        .create(path)
-        .map_err(|cause| failed(&cause))?;
-    let metadata = std::fs::metadata(path).map_err(|cause| failed(&cause))?;
-    if metadata.mode() & 0o022 != 0 {
-        return Err(
-            failed(&"others may write to it").hint(format!("chmod go-w {}", path.display()))
-        );
-    }
-    Ok(())
-}
-
-/// The host's own name.
-pub(crate) fn hostname() -> String {
-    rustix::system::uname()
-        .nodename()
-        .to_string_lossy()
-        .into_owned()
+    let hint = "make it, or set agent.data_dir; ghost-agent must run as root";
+    process::data_folder(path, 0o711, hint)
 }

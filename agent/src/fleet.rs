@@ -10,6 +10,7 @@ use ghost_domain::{Error, ErrorCode, HostName, Result};
 use ghost_infrastructure::core_link::direct::DirectOptions;
 use ghost_infrastructure::core_link::piko::{PikoOptions, PikoService, PikoToken, forward};
 use ghost_infrastructure::core_link::{self, CoreLinkOptions, CoreLinkService, EnrolOptions};
+use ghost_infrastructure::process;
 use ghost_infrastructure::tunnel::BackoffOptions;
 use tokio_util::sync::CancellationToken;
 
@@ -104,7 +105,7 @@ fn host_name(config: &Config) -> Result<HostName> {
         .agent
         .name
         .as_ref()
-        .map_or_else(compose::hostname, |name| name.0.clone());
+        .map_or_else(process::hostname, |name| name.0.clone());
     HostName::new(label(&given)).map_err(|error| error.hint("give one: --name NAME"))
 }
 

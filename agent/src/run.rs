@@ -11,17 +11,17 @@
 
 use std::fs::File;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use ghost_application::UseCases;
 use ghost_domain::ports::CoreLink;
-use ghost_domain::{Error, ErrorCode, Result};
+use ghost_domain::{Error, Result};
 use ghost_infrastructure::core_link::CoreLinkService;
 use ghost_infrastructure::host;
 use ghost_infrastructure::identity::{ServerNames, ServerTls, parse_client_identity};
 use ghost_infrastructure::notify::{self, Notifier};
+use ghost_infrastructure::process::{self, Signals};
 use ghost_infrastructure::telemetry::{self, OtlpOptions, TelemetryOptions};
 use ghost_presentation::convert::AgentInfo;
 use ghost_presentation::metrics::Recorder;
@@ -30,12 +30,11 @@ use ghost_presentation::{
     core_listeners, grpc, http, metrics,
 };
 use tokio::net::TcpListener;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::compose::{self, Adapters};
-use crate::config::{Config, Listen, Loaded};
+use crate::config::{Config, Loaded};
 use crate::doctor;
 use crate::fleet;
 
@@ -112,36 +111,14 @@ fn agent_name(config: &Config) -> String {
         .agent
         .name
         .as_ref()
-        .map_or_else(compose::hostname, |name| name.0.clone())
+        .map_or_else(process::hostname, |name| name.0.clone())
 }
 
-/// Two agents on one data folder would undo each other's work.
 fn lock(config: &Config) -> Result<File> {
-    let path = config.agent.data_dir.path().join(compose::LOCK_FILE);
-    compose::prepare_data_dir(config.agent.data_dir.path())?;
-    let failed = |cause: &dyn std::fmt::Display| {
-        Error::new(
-            ErrorCode::IoFailed,
-            format!("cannot lock {}", path.display()),
-        )
-        .because(cause)
-    };
-    // Nobody else may open it: whoever can, can hold the lock and keep us from starting.
-    let file = File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .mode(0o600)
-        .open(&path)
-        .map_err(|cause| failed(&cause))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(std::fs::TryLockError::WouldBlock) => {
-            Err(failed(&"another ghost-agent runs on this data folder")
-                .hint("stop it first, or set another agent.data_dir"))
-        }
-        Err(std::fs::TryLockError::Error(cause)) => Err(failed(&cause)),
-    }
+    let folder = config.agent.data_dir.path();
+    compose::prepare_data_dir(folder)?;
+    let file = folder.join(compose::LOCK_FILE);
+    process::lock_folder(&file, "ghost-agent", "agent.data_dir")
 }
 
 async fn serve(config: Config) -> Result<()> {
@@ -159,7 +136,7 @@ async fn serve(config: Config) -> Result<()> {
 
     let names = ServerNames {
         configured: config.grpc.server_names.0.clone(),
-        hostname: compose::hostname(),
+        hostname: process::hostname(),
         listen: bound
             .grpc
             .iter()
@@ -291,41 +268,10 @@ async fn bind(config: &Config) -> Result<Bound> {
     };
     Ok(Bound {
         local,
-        grpc: listen("grpc.listen", "gRPC", &config.grpc.listen).await?,
-        http: listen("http.listen", "HTTP", &config.http.listen).await?,
-        metrics: listen("metrics.listen", "metrics", &config.metrics.listen).await?,
+        grpc: process::bind(config.grpc.listen, "gRPC", "grpc.listen").await?,
+        http: process::bind(config.http.listen, "HTTP", "http.listen").await?,
+        metrics: process::bind(config.metrics.listen, "metrics", "metrics.listen").await?,
     })
-}
-
-async fn listen(key: &str, what: &str, listen: &Listen) -> Result<Option<TcpListener>> {
-    let (address, fallback) = match listen {
-        Listen::Off => return Ok(None),
-        Listen::At(address) => (*address, None),
-        // IPv6 takes IPv4 too; a host without IPv6 has IPv4 alone.
-        Listen::All(port) => (
-            SocketAddr::from((Ipv6Addr::UNSPECIFIED, *port)),
-            Some(SocketAddr::from((Ipv4Addr::UNSPECIFIED, *port))),
-        ),
-    };
-    let bound = match (TcpListener::bind(address).await, fallback) {
-        (Err(cause), Some(fallback)) if cause.kind() != std::io::ErrorKind::AddrInUse => {
-            TcpListener::bind(fallback).await
-        }
-        (bound, _) => bound,
-    };
-    let listener = bound.map_err(|cause| {
-        Error::new(
-            ErrorCode::IoFailed,
-            format!("cannot listen on {address} for {what}"),
-        )
-        .because(cause)
-        .hint(format!(
-            "see who has it: ss -ltnp; or set another address in {key}"
-        ))
-    })?;
-    let address = listener.local_addr().unwrap_or(address);
-    tracing::info!(%address, "{what} listens");
-    Ok(Some(listener))
 }
 
 #[expect(
@@ -450,29 +396,6 @@ async fn watchdog(
             .is_ok_and(|health| health.live)
         {
             notifier.watchdog();
-        }
-    }
-}
-
-/// The signals that end us.
-struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-}
-
-impl Signals {
-    fn new() -> Result<Self> {
-        let failed = |cause| Error::internal("signals cannot be caught").because(cause);
-        Ok(Self {
-            terminate: signal(SignalKind::terminate()).map_err(failed)?,
-            interrupt: signal(SignalKind::interrupt()).map_err(failed)?,
-        })
-    }
-
-    async fn next(&mut self) -> &'static str {
-        tokio::select! {
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
         }
     }
 }

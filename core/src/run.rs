@@ -79,8 +79,9 @@ pub(crate) fn run(loaded: Loaded) -> Result<()> {
         None => tracing::info!("no configuration file: all defaults"),
     }
     let folder = config.core.data_dir.path();
-    let outcome = process::data_folder(folder, 0o700, "core.data_dir")
-        .and_then(|()| process::lock_folder(folder, "ghost-core", "core.data_dir"))
+    let hint = "make it for the user that this runs as, or set core.data_dir";
+    let outcome = process::data_folder(folder, 0o700, hint)
+        .and_then(|()| process::lock_folder(&folder.join("lock"), "ghost-core", "core.data_dir"))
         .and_then(|_lock| runtime.block_on(serve(&config)));
     if let Err(error) = &outcome {
         tracing::error!(code = %error.code(), %error, hint = error.hint_text(), "ghost-core ends");

@@ -51,17 +51,15 @@ impl Signals {
 /// Makes a service's data folder with this mode where it is missing. Nobody else may write to it.
 ///
 /// # Errors
-/// `IoFailed`; `key` names where another one is configured.
-pub fn data_folder(path: &Path, mode: u32, key: &str) -> Result<()> {
+/// `IoFailed`; `hint` says what to do where it cannot be made.
+pub fn data_folder(path: &Path, mode: u32, hint: &str) -> Result<()> {
     let failed = |cause: &dyn std::fmt::Display| {
         Error::new(
             ErrorCode::IoFailed,
             format!("the data folder {} cannot be used", path.display()),
         )
         .because(cause)
-        .hint(format!(
-            "make it for the user that this runs as, or set {key}"
-        ))
+        .hint(hint)
     };
     std::fs::DirBuilder::new()
         .recursive(true)
@@ -77,13 +75,12 @@ pub fn data_folder(path: &Path, mode: u32, key: &str) -> Result<()> {
     Ok(())
 }
 
-/// Takes a data folder for this process alone, as long as the file that is given back is open. Two
-/// on one folder would undo each other's work.
+/// Takes a data folder for this process alone by its lock file, as long as what is given back is open.
+/// Two on one folder would undo each other's work.
 ///
 /// # Errors
 /// `IoFailed` where another one has it.
-pub fn lock_folder(folder: &Path, program: &str, key: &str) -> Result<File> {
-    let path = folder.join("lock");
+pub fn lock_folder(path: &Path, program: &str, key: &str) -> Result<File> {
     let failed = |cause: &dyn std::fmt::Display| {
         Error::new(
             ErrorCode::IoFailed,
@@ -97,7 +94,7 @@ pub fn lock_folder(folder: &Path, program: &str, key: &str) -> Result<File> {
         .truncate(false)
         .write(true)
         .mode(0o600)
-        .open(&path)
+        .open(path)
         .map_err(|cause| failed(&cause))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
@@ -152,18 +149,19 @@ mod tests {
     fn a_folder_is_one_process_own() {
         let folder = tempfile::tempdir().unwrap();
         let data = folder.path().join("a/b");
-        data_folder(&data, 0o700, "core.data_dir").unwrap();
-        let held = lock_folder(&data, "ghost-core", "core.data_dir").unwrap();
-        let error = lock_folder(&data, "ghost-core", "core.data_dir").unwrap_err();
+        data_folder(&data, 0o700, "make it").unwrap();
+        let lock = data.join("lock");
+        let held = lock_folder(&lock, "ghost-core", "core.data_dir").unwrap();
+        let error = lock_folder(&lock, "ghost-core", "core.data_dir").unwrap_err();
         assert!(
             error.cause().unwrap().contains("another ghost-core"),
             "{error}"
         );
         drop(held);
-        lock_folder(&data, "ghost-core", "core.data_dir").unwrap();
+        lock_folder(&lock, "ghost-core", "core.data_dir").unwrap();
         let mode = std::os::unix::fs::PermissionsExt::from_mode(0o777);
         std::fs::set_permissions(&data, mode).unwrap();
-        let error = data_folder(&data, 0o700, "core.data_dir").unwrap_err();
+        let error = data_folder(&data, 0o700, "make it").unwrap_err();
         assert!(error.hint_text().unwrap().contains("chmod go-w"), "{error}");
     }
 

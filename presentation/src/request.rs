@@ -1,6 +1,7 @@
-//! The id of a request, by which a caller's complaint is found in the log.
+//! What every request may carry in its headers: its id, by which a caller's complaint is found in the
+//! log, and the key that the caller shows.
 
-use axum::http::HeaderMap;
+use axum::http::{HeaderMap, HeaderValue, header};
 use ghost_domain::RequestId;
 
 /// The header with the caller's (or our) id of a request.
@@ -22,10 +23,23 @@ pub fn request_id(headers: &HeaderMap) -> String {
         )
 }
 
+/// The key or token of `Authorization: Bearer KEY` or `X-API-Key: KEY`.
+pub fn shown_key(headers: &HeaderMap) -> Option<String> {
+    let text = |value: &HeaderValue| value.to_str().ok().map(str::trim).map(str::to_owned);
+    let bearer = headers
+        .get(header::AUTHORIZATION)
+        .and_then(text)
+        .and_then(|value| {
+            let (scheme, key) = value.split_once(' ')?;
+            scheme
+                .eq_ignore_ascii_case("bearer")
+                .then(|| key.trim().to_owned())
+        });
+    bearer.or_else(|| headers.get("x-api-key").and_then(text))
+}
+
 #[cfg(test)]
 mod tests {
-    use axum::http::HeaderValue;
-
     use super::*;
 
     #[test]

@@ -7,6 +7,7 @@ use ghost_domain::{
 };
 
 use crate::guest::escape;
+use ghost_domain::ports::Change;
 
 /// The command that is being taken now. While it stands in the model, the operation that is
 /// submitted with its request id brings its line in the ledger along, in the same commit: there is
@@ -15,6 +16,15 @@ use crate::guest::escape;
 pub(crate) struct Taking {
     pub(crate) request: RequestId,
     pub(crate) command: FleetCommand,
+}
+
+/// What has to be written for this ledger to become the next: nothing where they are the same.
+pub(crate) fn changed(ledger: &FleetLedger, next: FleetLedger) -> Vec<Change> {
+    if next == *ledger {
+        Vec::new()
+    } else {
+        vec![Change::PutFleetLedger(next)]
+    }
 }
 
 /// The request id of a command's operation.

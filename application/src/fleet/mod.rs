@@ -109,12 +109,7 @@ impl Fleet {
                         }
                     }
                 }
-                let changes = if next == model.fleet_ledger {
-                    Vec::new()
-                } else {
-                    vec![Change::PutFleetLedger(next)]
-                };
-                Ok(Decision::of((), changes))
+                Ok(Decision::of((), ledger::changed(&model.fleet_ledger, next)))
             })
             .await;
         if let Err(error) = settled {
@@ -266,12 +261,7 @@ impl CoreLinkHandler for Fleet {
                 let mut next = model.fleet_ledger.clone();
                 next.unreported
                     .retain(|one| one.generation != generation || !one.status.is_finished());
-                let changes = if next == model.fleet_ledger {
-                    Vec::new()
-                } else {
-                    vec![Change::PutFleetLedger(next)]
-                };
-                Ok(Decision::of((), changes))
+                Ok(Decision::of((), ledger::changed(&model.fleet_ledger, next)))
             })
             .await;
         if let Err(error) = kept {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use axum::extract::{FromRequestParts, MatchedPath, Request, State};
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
+use axum::http::{HeaderMap, HeaderValue, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use futures::FutureExt;
@@ -23,10 +23,7 @@ use super::routes::{self, Route};
 use crate::access::{Access, Shape};
 use crate::connection::Peer;
 use crate::core_caller;
-use crate::request::{CalledAs, REQUEST_ID, request_id};
-
-/// The other header that a key may come in.
-const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
+use crate::request::{CalledAs, REQUEST_ID, request_id, shown_key};
 
 /// The middleware.
 pub(super) async fn guard(
@@ -203,18 +200,7 @@ impl<S: Sync> FromRequestParts<S> for PresentedKey {
 /// The key of `Authorization: Bearer KEY` or `X-API-Key: KEY`; for a WebSocket also that of the
 /// subprotocol `bearer.KEY`, because a page can give one no headers.
 fn key_of(headers: &HeaderMap) -> Result<Secret> {
-    let text = |value: &HeaderValue| value.to_str().ok().map(str::trim).map(str::to_owned);
-    let bearer = headers
-        .get(header::AUTHORIZATION)
-        .and_then(text)
-        .and_then(|value| {
-            let (scheme, key) = value.split_once(' ')?;
-            scheme
-                .eq_ignore_ascii_case("bearer")
-                .then(|| key.trim().to_owned())
-        });
-    bearer
-        .or_else(|| headers.get(API_KEY).and_then(text))
+    shown_key(headers)
         .or_else(|| subprotocol(headers))
         .map(Secret::new)
         .ok_or_else(|| {
@@ -257,7 +243,7 @@ mod tests {
             key_of(&headers).unwrap_err().code(),
             ErrorCode::Unauthenticated
         );
-        headers.insert(API_KEY, HeaderValue::from_static("ghost_a_b"));
+        headers.insert("x-api-key", HeaderValue::from_static("ghost_a_b"));
         assert_eq!(key_of(&headers).unwrap().expose(), "ghost_a_b");
         headers.insert(
             header::AUTHORIZATION,

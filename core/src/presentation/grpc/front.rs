@@ -6,13 +6,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use axum::http::{HeaderMap, HeaderValue, Request, Response, header};
+use axum::http::{HeaderMap, HeaderValue, Request, Response};
 use futures::FutureExt;
 use ghost_domain::{Error, ErrorCode, Result, Role, Secret, TenantName};
 use ghost_presentation::grpc::access;
 use ghost_presentation::grpc::status::to_status;
 use ghost_presentation::metrics::Recorder;
-use ghost_presentation::request::{REQUEST_ID, request_id};
+use ghost_presentation::request::{REQUEST_ID, request_id, shown_key};
 use ghost_presentation::{Access, CoreReach, Shape, TraceParent};
 use ghost_proto::core::metadata;
 use hyper::body::Incoming;
@@ -670,28 +670,11 @@ fn is_for_one_host(method: &CoreMethod) -> bool {
     )
 }
 
-/// The key or token of a request's headers.
-fn bearer(headers: &HeaderMap) -> Option<Secret> {
-    let text = |value: &HeaderValue| value.to_str().ok().map(str::trim).map(str::to_owned);
-    let bearer = headers
-        .get(header::AUTHORIZATION)
-        .and_then(text)
-        .and_then(|value| {
-            let (scheme, key) = value.split_once(' ')?;
-            scheme
-                .eq_ignore_ascii_case("bearer")
-                .then(|| key.trim().to_owned())
-        });
-    bearer
-        .or_else(|| headers.get("x-api-key").and_then(text))
-        .map(Secret::new)
-}
-
 /// What a caller shows: a key before the connection's own identity, because it was chosen for the
 /// call.
 fn proof(peer: &Peer, headers: &HeaderMap) -> Result<Proof> {
-    if let Some(secret) = bearer(headers) {
-        return Ok(Proof::Bearer(secret));
+    if let Some(key) = shown_key(headers) {
+        return Ok(Proof::Bearer(Secret::new(key)));
     }
     let refused = |message: &str| Error::new(ErrorCode::Unauthenticated, message);
     match &peer.kind {
