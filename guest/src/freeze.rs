@@ -32,6 +32,14 @@ const USUAL: Duration = Duration::from_secs(10);
 const MOST: Duration = Duration::from_secs(60);
 /// For each hook.
 const HOOK: Duration = Duration::from_secs(30);
+/// For all hooks before a freeze together, and again for all after it. Twice this and the longest
+/// freeze is what a host waits for before it takes the call for lost.
+const HOOKS: Duration = Duration::from_secs(120);
+/// What is kept of that for each hook still to come, so that every one of them runs: a database that
+/// was told to hold still has to be told that it is over.
+const LEAST: Duration = Duration::from_secs(1);
+/// So many hooks are run.
+const MOST_HOOKS: usize = 64;
 
 /// `_IOWR('X', 119, int)`
 const FIFREEZE: libc::c_ulong = 0xc004_5877;
@@ -352,12 +360,36 @@ impl Freezer {
             })
             .collect();
         hooks.sort();
-        hooks
-            .iter()
-            .take(64)
-            .filter_map(|hook| run_hook(hook, HOOK).err())
-            .collect()
+        let beyond = hooks.len().saturating_sub(MOST_HOOKS);
+        hooks.truncate(MOST_HOOKS);
+        let mut warnings = run_all(&hooks, HOOK, HOOKS, LEAST);
+        if beyond > 0 {
+            warnings.push(format!(
+                "{directory}: {beyond} more were not run: at most {MOST_HOOKS} are"
+            ));
+        }
+        warnings
     }
+}
+
+/// Runs hooks one after another, within `sum` together; says which failed.
+fn run_all(hooks: &[PathBuf], each: Duration, sum: Duration, least: Duration) -> Vec<String> {
+    let until = Instant::now() + sum;
+    hooks
+        .iter()
+        .enumerate()
+        .filter_map(|(at, hook)| {
+            let left = until.saturating_duration_since(Instant::now());
+            let time = share(left, hooks.len() - at - 1, each, least);
+            run_hook(hook, time).err()
+        })
+        .collect()
+}
+
+/// How long the next hook may run with so much time left and so many to come after it.
+fn share(left: Duration, to_come: usize, each: Duration, least: Duration) -> Duration {
+    let kept = least.saturating_mul(u32::try_from(to_come).unwrap_or(u32::MAX));
+    left.saturating_sub(kept).clamp(least.min(each), each)
 }
 
 fn response(count: u32, warnings: Vec<String>) -> Payload {
@@ -406,8 +438,11 @@ fn run_hook(hook: &Path, most: Duration) -> Result<(), String> {
                 {
                     let _ = rustix::process::kill_process_group(group, Signal::KILL);
                 }
-                let _ = child.wait();
-                break Err(format!("killed after {} s", most.as_secs()));
+                // Not waited for here: one that hangs in the kernel would hold up the thaw.
+                let _ = std::thread::Builder::new()
+                    .name("hook".into())
+                    .spawn(move || child.wait());
+                break Err(format!("killed after {:.1} s", most.as_secs_f64()));
             }
             Ok(None) => std::thread::sleep(Duration::from_millis(10)),
         }
@@ -559,5 +594,35 @@ mod tests {
         .unwrap_err();
         assert!(slow.contains("killed"), "{slow}");
         assert!(run_hook(&directory.path().join("none"), HOOK).is_err());
+    }
+
+    #[test]
+    fn all_hooks_run_and_together_within_their_bound() {
+        for count in [1, 2, 4, 5, MOST_HOOKS] {
+            // Each takes all that it may.
+            let mut left = HOOKS;
+            for at in 0..count {
+                let time = share(left, count - at - 1, HOOK, LEAST);
+                assert!(time >= LEAST && time <= HOOK, "{count} {at} {time:?}");
+                left = left.checked_sub(time).expect("beyond the bound");
+            }
+        }
+        // One that hangs uses up all there is, and the last one runs all the same.
+        let directory = tempfile::tempdir().unwrap();
+        let last = directory.path().join("last");
+        let hooks = [
+            ("1", "exec sleep 1000".to_owned()),
+            ("2", format!("echo >{}", last.display())),
+        ]
+        .map(|(name, text)| {
+            let path = directory.path().join(name);
+            fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+            path
+        });
+        let warnings = run_all(&hooks, HOOK, Duration::ZERO, Duration::from_secs(3));
+        assert_eq!(warnings.len(), 1, "{warnings:?}");
+        assert!(warnings[0].contains("killed after 3.0 s"), "{warnings:?}");
+        assert!(last.exists());
     }
 }

@@ -18,8 +18,8 @@ use super::link::Link;
 use super::session::Session;
 use super::{clean, files};
 
-/// Hooks of the guest's owner run before and after; each has half a minute, and a database that
-/// flushes takes its time. The deadlines of the API's calls are made after this.
+/// Hooks of the guest's owner run before and after, two minutes each time at most, beside a freeze of
+/// one at most (`guest/src/freeze.rs`). The deadlines of the API's calls are made after this.
 const HOOKS_PATIENCE: Duration = Duration::from_secs(300);
 /// Programs of the guest that change passwords wait for locks.
 const ACCOUNT_PATIENCE: Duration = Duration::from_secs(30);
