@@ -270,6 +270,8 @@ impl Failure {
         }
         if let Some(hint) = &mut self.0.detail.hint
             && !hint.contains("--host")
+            // What is done about a host is done at Core.
+            && !hint.contains("ghostctl host ")
         {
             *hint = hint.replacen("ghostctl ", &format!("ghostctl --host {host} "), 1);
         }

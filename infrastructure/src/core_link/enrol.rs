@@ -263,8 +263,16 @@ fn refusal(status: &Status) -> Error {
     match known {
         Some((code, info)) => {
             let mut error = Error::new(code, text);
-            if let Some(cause) = info.metadata.get("cause").filter(|one| !one.is_empty()) {
-                error = error.because(cause.chars().take(300).collect::<String>());
+            let said = |key: &str| -> Option<String> {
+                let text = info.metadata.get(key).filter(|one| !one.is_empty())?;
+                let shown = text.chars().filter(|character| !character.is_control());
+                Some(shown.take(300).collect())
+            };
+            if let Some(cause) = said("cause") {
+                error = error.because(cause);
+            }
+            if let Some(hint) = said("hint") {
+                error = error.hint(hint);
             }
             error
         }

@@ -288,7 +288,11 @@ impl CoreLinkService {
                 ErrorCode::CoreUnreachable | ErrorCode::IoFailed | ErrorCode::Internal => {
                     again(&error)
                 }
-                _ => End::Refused(error.to_string()),
+                // Nothing comes of waiting here: whoever reads it has to know what to do.
+                _ => End::Refused(match error.hint_text() {
+                    Some(hint) => format!("{error}; {hint}"),
+                    None => error.to_string(),
+                }),
             })?);
             *self.identity.lock() = Some(Arc::clone(&enrolled));
         }

@@ -318,16 +318,26 @@ impl Routed {
         ]
         .iter()
         .any(|verb| path == format!("/ghost.agent.v1.VmService/{verb}"));
+        let show = format!("ghostctl host show {}", host.name);
         let hint = if queueable {
-            "say --queue to have it done when the host is back; see ghostctl host show"
+            format!("say --queue to have it done when the host is back; see {show}")
         } else {
-            "see when it comes back: ghostctl host show"
+            format!("see when it comes back: {show}")
+        };
+        // That it has no link is what this says already.
+        let known = cause
+            .cause()
+            .is_some_and(|why| why.starts_with("it was last heard") || why == "it has never come");
+        let why = if known {
+            since
+        } else {
+            format!("{since}; {cause}")
         };
         Error::new(
             ErrorCode::HostOffline,
             format!("the host {} cannot be reached", host.name),
         )
-        .because(format!("{since}; {cause}"))
+        .because(why)
         .hint(hint)
         .retry_after(cause.retry_delay().unwrap_or(Duration::from_secs(5)))
     }
@@ -398,7 +408,10 @@ pub(super) fn check_host(host: &HostRecord, access: Access, reach: CoreReach) ->
                 format!("the host {} is locked", host.name),
             )
             .because(reason)
-            .hint("find out which machine is the right one, then: ghostctl host unlock"));
+            .hint(format!(
+                "find out which machine is the right one, then: ghostctl host unlock {}",
+                host.name
+            )));
         }
         HostLife::Revoked { .. } => {
             return Err(Error::new(
