@@ -31,8 +31,9 @@ BUILD=(gcc g++ libc6-dev make pkg-config git)
 # The image builds make file systems, boot loaders and archives from plain packages, without loop devices.
 IMAGES=(busybox-static cpio kmod xz-utils zstd e2fsprogs dosfstools mtools fdisk python3
     grub-pc-bin grub-common debootstrap)
-# Several replicas of Core keep their records in etcd; the tests start members of their own.
-FLEET=(etcd-server)
+# Several replicas of Core keep their records in etcd; the tests start members of their own, and step
+# the wall clock of single processes by libfaketime.
+FLEET=(etcd-server libfaketime)
 
 say() { printf 'host-setup: %s\n' "$*"; }
 die() {

@@ -325,6 +325,18 @@ impl Agent {
     /// # Panics
     /// Where it cannot be called.
     pub fn enroll(&self, token: &str, name: &str) -> ctl::Output {
+        self.enroll_with(token, name, &[])
+    }
+
+    /// Leaves the fleet that it is in, and joins one as [`Self::enroll`] does.
+    ///
+    /// # Panics
+    /// Where it cannot be called.
+    pub fn enroll_again(&self, token: &str, name: &str) -> ctl::Output {
+        self.enroll_with(token, name, &["--replace"])
+    }
+
+    fn enroll_with(&self, token: &str, name: &str, more: &[&str]) -> ctl::Output {
         #[expect(clippy::expect_used, reason = "the test cannot go on")]
         fs::write(self.config_file(), self.config.to_string()).expect("the configuration");
         let mut words = self.wrapper.clone();
@@ -335,8 +347,10 @@ impl Agent {
             .args(["enroll", "--config"])
             .arg(self.config_file())
             .args(["--token", token, "--name", name])
+            .args(more)
             .env_clear()
-            .envs(own_environment());
+            .envs(own_environment())
+            .envs(self.environment.iter().cloned());
         ctl::run(command, &[])
     }
 

@@ -22,6 +22,7 @@ const START: Duration = Duration::from_secs(60);
 /// How a Core is set up.
 pub struct Builder {
     config: Value,
+    environment: Vec<(String, String)>,
     address: IpAddr,
     wrapper: Vec<String>,
 }
@@ -30,6 +31,7 @@ pub struct Builder {
 pub struct Core {
     folder: TempDir,
     config: Value,
+    environment: Vec<(String, String)>,
     wrapper: Vec<String>,
     address: IpAddr,
     ports: [u16; 3],
@@ -47,6 +49,7 @@ impl Builder {
     pub fn new() -> Self {
         Self {
             config: json!({}),
+            environment: Vec::new(),
             address: IpAddr::V4(Ipv4Addr::LOCALHOST),
             wrapper: Vec::new(),
         }
@@ -64,6 +67,13 @@ impl Builder {
     #[must_use]
     pub fn set(mut self, key: &str, value: impl Into<Value>) -> Self {
         set(&mut self.config, key, value.into());
+        self
+    }
+
+    /// Sets a variable of Core's environment.
+    #[must_use]
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.environment.push((name.to_owned(), value.to_owned()));
         self
     }
 
@@ -91,6 +101,7 @@ impl Builder {
         Core {
             folder,
             config,
+            environment: self.environment,
             wrapper: self.wrapper,
             address: self.address,
             ports,
@@ -154,6 +165,7 @@ impl Core {
                 .arg(self.config_file())
                 .env_clear()
                 .envs(own_environment())
+                .envs(self.environment.iter().cloned())
                 .stdin(Stdio::null())
                 .stdout(log.try_clone().expect("the log"))
                 .stderr(log)

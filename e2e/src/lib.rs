@@ -10,8 +10,10 @@
 pub mod agent;
 pub mod auditor;
 pub mod binaries;
+pub mod clock;
 pub mod core;
 pub mod ctl;
+pub mod fleet;
 pub mod guest;
 pub mod http;
 pub mod libvirt;

@@ -128,6 +128,21 @@ impl NetLab {
         );
     }
 
+    /// Takes the host's network interface down, as a cable that is pulled out of it does, or up again
+    /// with the way that it had.
+    ///
+    /// # Panics
+    /// Where that cannot be done.
+    pub fn plug_host(&self, plugged: bool) {
+        let state = if plugged { "up" } else { "down" };
+        self.inside("host", "ip", &["link", "set", "eth0", state]);
+        if plugged {
+            // Its routes went with it.
+            let route = ["route", "replace", "default", "via", "192.168.50.1"];
+            self.inside("host", "ip", &route);
+        }
+    }
+
     /// Whether a TCP connection from one namespace to an address comes about.
     pub fn reaches(&self, from: &str, to: SocketAddr) -> bool {
         self.enter(from, move || {

@@ -4,61 +4,12 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use ghost_e2e::agent::{Agent, Builder as AgentBuilder};
-use ghost_e2e::core::{Builder as CoreBuilder, Core};
-use ghost_e2e::ctl::Ctl;
+use ghost_e2e::agent::Builder as AgentBuilder;
+use ghost_e2e::fleet::{Fleet, JOIN};
 use ghost_e2e::guest::{self, BOOT, TINY};
-use ghost_e2e::netlab::{CORE, NetLab, Way};
+use ghost_e2e::netlab::Way;
 use ghost_e2e::wait;
 use serde_json::Value;
-
-/// Enrolling, dialling and a first heartbeat, on a busy machine.
-const JOIN: Duration = Duration::from_secs(30);
-
-/// A Core and a host behind two NATs.
-struct Fleet {
-    agent: Agent,
-    core: Core,
-    lab: NetLab,
-}
-
-impl Fleet {
-    /// With the real libvirt.
-    fn new() -> Self {
-        Self::with(AgentBuilder::new(), CoreBuilder::new())
-    }
-
-    /// With a simulated hypervisor: for what is about the link alone.
-    fn simulated() -> Self {
-        Self::with(AgentBuilder::simulated(), CoreBuilder::new())
-    }
-
-    fn with(agent: AgentBuilder, core: CoreBuilder) -> Self {
-        let lab = NetLab::new();
-        let core = core
-            // Faults are noticed sooner than by people's patience, in proportion.
-            .set("link.heartbeat_interval", "5s")
-            .set("link.ping_interval", "1s")
-            .within(&lab.wrapper("core"), CORE)
-            .start();
-        let agent = agent.within(&lab.wrapper("host")).start();
-        let fleet = Self { agent, core, lab };
-        fleet.join();
-        fleet
-    }
-
-    fn join(&self) {
-        let token = self.core.host_token("acme");
-        let done = self.agent.enroll(&token, "pc-at-home");
-        assert_eq!(done.code, 0, "{}{}", done.stdout, done.stderr);
-        self.core.wait_host("pc-at-home", "online", JOIN);
-    }
-
-    /// `ghostctl --host pc-at-home`, as the fleet's administrator.
-    fn ctl(&self) -> Ctl {
-        self.core.ctl().with_env("GHOST_HOST", "pc-at-home")
-    }
-}
 
 #[test]
 fn a_host_behind_two_nats_does_all_that_it_does_locally() {
