@@ -12,6 +12,7 @@ use ghost_infrastructure::core_link::piko::{PikoOptions, PikoService, PikoToken,
 use ghost_infrastructure::core_link::{self, CoreLinkOptions, CoreLinkService, EnrolOptions};
 use ghost_infrastructure::process;
 use ghost_infrastructure::tunnel::BackoffOptions;
+use ghost_presentation::CoreDoor;
 use tokio_util::sync::CancellationToken;
 
 use crate::compose;
@@ -150,6 +151,19 @@ pub(crate) fn open_link(
             );
             None
         }
+    }
+}
+
+/// How Core comes in at this agent's own listener.
+pub(crate) fn door(link: &Arc<CoreLinkService>) -> CoreDoor {
+    let (to_shake, to_serve) = (Arc::clone(link), Arc::clone(link));
+    CoreDoor {
+        protocol: core_link::DIRECT_PROTOCOL,
+        tls: Arc::new(move || to_shake.direct_tls()),
+        serve: Arc::new(move |stream| {
+            let link = Arc::clone(&to_serve);
+            Box::pin(async move { link.serve_direct(stream).await })
+        }),
     }
 }
 

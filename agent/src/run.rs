@@ -26,7 +26,7 @@ use ghost_infrastructure::telemetry::{self, OtlpOptions, TelemetryOptions};
 use ghost_presentation::convert::AgentInfo;
 use ghost_presentation::metrics::Recorder;
 use ghost_presentation::{
-    ConnectionLimits, Listener, LocalSocket, PeerCertificate, SOCKET_GROUP, TraceParent,
+    ConnectionLimits, CoreDoor, Listener, LocalSocket, PeerCertificate, SOCKET_GROUP, TraceParent,
     core_listeners, grpc, http, metrics,
 };
 use tokio::net::TcpListener;
@@ -156,11 +156,13 @@ async fn serve(config: Config) -> Result<()> {
     let link = open_link(&config, &composition, grpc_address).await;
     let piko = fleet::piko(&config)?;
     let core = link.as_ref().and_then(|link| link.incoming());
+    let door = link.as_ref().map(fleet::door);
     spawn_servers(
         &mut servers,
         &config,
         bound,
         core.map(core_listeners),
+        door,
         &use_cases,
         &recorder,
         &tls,
@@ -283,6 +285,7 @@ fn spawn_servers(
     config: &Config,
     bound: Bound,
     core: Option<(Listener, Listener)>,
+    door: Option<CoreDoor>,
     use_cases: &Arc<UseCases>,
     recorder: &Arc<Recorder>,
     tls: &Arc<ServerTls>,
@@ -302,10 +305,10 @@ fn spawn_servers(
     });
     let mut listeners: Vec<Listener> = bound.local.into_iter().map(Listener::Local).collect();
     if let Some(listener) = bound.grpc {
-        listeners.push(if config.grpc.tls {
-            Listener::Tls(listener, tls.grpc_config()?)
-        } else {
-            Listener::Plain(listener)
+        listeners.push(match (config.grpc.tls, door) {
+            (true, Some(door)) => Listener::Door(listener, tls.grpc_config()?, door),
+            (true, None) => Listener::Tls(listener, tls.grpc_config()?),
+            (false, _) => Listener::Plain(listener),
         });
     }
     let (core_grpc, core_http) = core.unzip();

@@ -6,11 +6,14 @@ use std::sync::Arc;
 
 use ghost_core::application::callers::{BearerVerifier, Callers};
 use ghost_core::application::desk::Desk;
+use ghost_core::application::direct::Directs;
 use ghost_core::application::fleet::Fleet;
 use ghost_core::application::quota_check::Admission;
+use ghost_core::domain::DirectPolicy;
 use ghost_core::domain::ports::FleetStore;
 use ghost_core::infrastructure::audit::FileFleetAudit;
 use ghost_core::infrastructure::authority::CoreAuthority;
+use ghost_core::infrastructure::direct::TlsDialer;
 use ghost_core::infrastructure::oidc::{OidcOptions, OidcVerifier};
 use ghost_core::infrastructure::store::{EmbeddedStore, EtcdOptions, EtcdStore, EtcdTls};
 use ghost_core::presentation::grpc::{Front, FrontOptions, Limits, Parts};
@@ -183,6 +186,33 @@ pub(crate) async fn authority(
     tokio::task::spawn_blocking(move || CoreAuthority::open(&folder, &trust_domain, clock))
         .await
         .map_err(|cause| Error::internal("opening the CA ended abnormally").because(cause))?
+}
+
+/// Lets calls go to hosts directly, where that is wanted.
+///
+/// # Errors
+/// `InvalidArgument` for a name that is no replica's.
+pub(crate) fn directs(
+    config: &Config,
+    fleet: &Arc<Fleet>,
+    desk: &Desk,
+    authority: &CoreAuthority,
+) -> Result<()> {
+    if !config.direct.enabled {
+        return Ok(());
+    }
+    let policy = DirectPolicy {
+        networks: config.direct.networks.0.iter().map(|one| one.0).collect(),
+        ports: config.direct.ports.0.iter().map(|one| one.0).collect(),
+    };
+    let dialer = TlsDialer::new(authority, &replica_name(config))?;
+    desk.use_directs(Directs::new(
+        Arc::clone(fleet),
+        Arc::new(dialer),
+        policy,
+        config.link.ping_interval,
+    ));
+    Ok(())
 }
 
 /// Core's gRPC over its parts.

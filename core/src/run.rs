@@ -139,6 +139,7 @@ async fn serve(config: &Config) -> Result<()> {
     )
     .await?;
 
+    compose::directs(config, &fleet, &desk, &authority)?;
     // Calls end with `calls`; nothing new is taken once `stop` is told.
     let (stop, calls) = (CancellationToken::new(), CancellationToken::new());
     let recorder = Recorder::new();

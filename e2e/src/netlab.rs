@@ -143,6 +143,61 @@ impl NetLab {
         }
     }
 
+    /// Lays a cable from Core to the host, as a private network of both is one: Core reaches the host's
+    /// own address over it. The link's way stays what it was.
+    ///
+    /// # Panics
+    /// Where that cannot be done.
+    pub fn lay_private(&self) {
+        self.cable(
+            ("core", "private", "10.99.0.1/24"),
+            ("host", "private", "10.99.0.2/24"),
+        );
+        self.inside(
+            "core",
+            "ip",
+            &["route", "add", "192.168.50.2/32", "via", "10.99.0.2"],
+        );
+    }
+
+    /// Whether packets over the private cable arrive from now on; else they vanish without a word.
+    ///
+    /// # Panics
+    /// Where the rules cannot be set.
+    pub fn let_private(&self, arrive: bool) {
+        let rule = if arrive {
+            ""
+        } else {
+            "iifname \"private\" drop"
+        };
+        for end in ["core", "host"] {
+            self.rules(
+                end,
+                &format!(
+                    "table inet private\ndelete table inet private\ntable inet private {{\n chain input {{\n type filter hook input priority -10; policy accept;\n {rule}\n }}\n}}\n"
+                ),
+            );
+        }
+    }
+
+    /// How many bytes have come to Core over the private cable.
+    ///
+    /// # Panics
+    /// Where the kernel does not tell.
+    #[expect(clippy::expect_used, reason = "the test cannot go on")]
+    pub fn private_bytes(&self) -> u64 {
+        let table = self
+            .enter("core", || {
+                std::fs::read_to_string("/proc/thread-self/net/dev")
+            })
+            .expect("the interfaces' counters");
+        table
+            .lines()
+            .find_map(|line| line.trim().strip_prefix("private:"))
+            .and_then(|counters| counters.split_whitespace().next()?.parse().ok())
+            .expect("the private cable's counter")
+    }
+
     /// Whether a TCP connection from one namespace to an address comes about.
     pub fn reaches(&self, from: &str, to: SocketAddr) -> bool {
         self.enter(from, move || {

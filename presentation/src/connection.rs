@@ -7,13 +7,15 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use ghost_domain::{Error, Result, Timestamp};
 use rustls::ServerConfig;
+use rustls::server::Acceptor;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
+use tokio_rustls::{LazyConfigAcceptor, TlsAcceptor};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::transport::server::Connected;
 
@@ -27,10 +29,30 @@ pub enum Listener {
     Local(LocalSocket),
     /// TCP with TLS.
     Tls(TcpListener, Arc<ServerConfig>),
+    /// The same, with a door for Ghost Core's own connections to this host.
+    Door(TcpListener, Arc<ServerConfig>, CoreDoor),
     /// TCP without TLS: for loopback, or where the owner insists.
     Plain(TcpListener),
     /// Streams that Ghost Core opens over this host's link; see [`crate::core_listeners`].
     Tunnel(mpsc::Receiver<CoreStream>),
+}
+
+/// How Ghost Core comes in at a listener that others use too: by a protocol of its own (ALPN), with a
+/// TLS configuration of its own, which accepts nobody but Core. The composition root gives it.
+#[derive(Clone)]
+pub struct CoreDoor {
+    /// The protocol.
+    pub protocol: &'static [u8],
+    /// Its TLS; `None` where Core may not come in now: then there is no such protocol.
+    pub tls: Arc<dyn Fn() -> Option<Arc<ServerConfig>> + Send + Sync>,
+    /// Serves a connection of Core until it ends.
+    pub serve: Arc<dyn Fn(TlsStream<TcpStream>) -> BoxFuture<'static, ()> + Send + Sync>,
+}
+
+impl std::fmt::Debug for CoreDoor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CoreDoor").finish_non_exhaustive()
+    }
 }
 
 /// Reads a client certificate (DER) that TLS has verified. The composition root gives it.
@@ -113,7 +135,8 @@ pub(crate) async fn accept<F, R>(
             continue;
         };
         let tls = match &listener {
-            Listener::Tls(_, config) => Some(TlsAcceptor::from(Arc::clone(config))),
+            Listener::Tls(_, config) => Some((Arc::clone(config), None)),
+            Listener::Door(_, config, door) => Some((Arc::clone(config), Some(door.clone()))),
             Listener::Local(_) | Listener::Plain(_) | Listener::Tunnel(_) => None,
         };
         let (stop, serve, patience) = (stop.clone(), serve.clone(), limits.handshake);
@@ -124,7 +147,15 @@ pub(crate) async fn accept<F, R>(
                 ready = tokio::time::timeout(patience, establish(raw, tls, certificates)) => ready,
             };
             let (io, peer, begun) = match ready {
-                Ok(Ok(ready)) => ready,
+                Ok(Ok(Established::Caller(io, peer, begun))) => (io, peer, begun),
+                Ok(Ok(Established::Core(serving))) => {
+                    tokio::select! {
+                        () = stop.cancelled() => {}
+                        () = serving => {}
+                    }
+                    drop(permit);
+                    return;
+                }
                 Ok(Err(error)) => {
                     tracing::info!(?address, %error, "a connection was refused in its handshake");
                     return;
@@ -162,7 +193,7 @@ async fn next(listener: &mut Listener) -> io::Result<(Raw, Option<SocketAddr>)> 
             let (stream, peer) = socket.accept().await?;
             Ok((Raw::Local(stream, peer), None))
         }
-        Listener::Tls(listener, _) | Listener::Plain(listener) => {
+        Listener::Tls(listener, _) | Listener::Door(listener, ..) | Listener::Plain(listener) => {
             let (stream, address) = listener.accept().await?;
             stream.set_nodelay(true)?;
             Ok((Raw::Tcp(stream), Some(address)))
@@ -175,20 +206,37 @@ async fn next(listener: &mut Listener) -> io::Result<(Raw, Option<SocketAddr>)> 
     }
 }
 
+/// What became of a connection that was accepted.
+enum Established {
+    /// Somebody who calls.
+    Caller(Io, Peer, Vec<u8>),
+    /// Core, by its own door.
+    Core(BoxFuture<'static, ()>),
+}
+
 async fn establish(
     raw: Raw,
-    tls: Option<TlsAcceptor>,
+    tls: Option<(Arc<ServerConfig>, Option<CoreDoor>)>,
     certificates: Option<CertificateReader>,
-) -> io::Result<(Io, Peer, Vec<u8>)> {
+) -> io::Result<Established> {
+    let caller = Established::Caller;
     match (raw, tls) {
-        (Raw::Local(stream, peer), _) => Ok((Io::Local(stream), Peer::Local(peer), Vec::new())),
+        (Raw::Local(stream, peer), _) => {
+            Ok(caller(Io::Local(stream), Peer::Local(peer), Vec::new()))
+        }
         (Raw::Core(stream), _) => {
             let begun = stream.begun.into_iter().rev().collect();
-            Ok((Io::Core(stream.io), Peer::Core, begun))
+            Ok(caller(Io::Core(stream.io), Peer::Core, begun))
         }
-        (Raw::Tcp(stream), None) => Ok((Io::Tcp(stream), Peer::Nobody, Vec::new())),
-        (Raw::Tcp(stream), Some(acceptor)) => {
-            let stream = acceptor.accept(stream).await?;
+        (Raw::Tcp(stream), None) => Ok(caller(Io::Tcp(stream), Peer::Nobody, Vec::new())),
+        (Raw::Tcp(stream), Some((config, door))) => {
+            let stream = match door {
+                None => TlsAcceptor::from(config).accept(stream).await?,
+                Some(door) => match shake(stream, config, &door).await? {
+                    (stream, true) => return Ok(Established::Core((door.serve)(stream))),
+                    (stream, false) => stream,
+                },
+            };
             let shown = stream
                 .get_ref()
                 .1
@@ -198,9 +246,29 @@ async fn establish(
                 (Some(der), Some(read)) => Peer::Certificate(read(der)),
                 _ => Peer::Nobody,
             };
-            Ok((Io::Tls(Box::new(stream)), peer, Vec::new()))
+            Ok(caller(Io::Tls(Box::new(stream)), peer, Vec::new()))
         }
     }
+}
+
+/// A handshake by the configuration for Core where Core's protocol is asked for, else by that for
+/// everybody; says which.
+async fn shake(
+    stream: TcpStream,
+    config: Arc<ServerConfig>,
+    door: &CoreDoor,
+) -> io::Result<(TlsStream<TcpStream>, bool)> {
+    let start = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
+    let asked = start
+        .client_hello()
+        .alpn()
+        .is_some_and(|mut offered| offered.any(|one| one == door.protocol));
+    let for_core = if asked { (door.tls)() } else { None };
+    let (config, is_core) = match for_core {
+        Some(config) => (config, true),
+        None => (config, false),
+    };
+    Ok((start.into_stream(config).await?, is_core))
 }
 
 enum Io {

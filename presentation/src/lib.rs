@@ -23,7 +23,7 @@ mod socket;
 mod tunnel;
 
 pub use access::{Access, Shape};
-pub use connection::{CertificateReader, ConnectionLimits, Listener, PeerCertificate};
+pub use connection::{CertificateReader, ConnectionLimits, CoreDoor, Listener, PeerCertificate};
 /// How far a call reaches that comes through Ghost Core.
 pub use ghost_application::fleet::CoreReach;
 pub use socket::{LocalPeer, LocalSocket, SOCKET_GROUP};

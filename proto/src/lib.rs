@@ -32,6 +32,9 @@ pub mod core {
     pub const NEWEST_LINK_VERSION: u32 = 1;
     /// ALPN of a link on Core's TLS listener.
     pub const LINK_PROTOCOL: &[u8] = b"ghost-tunnel/1";
+    /// ALPN of a connection that Core makes to a host's own listener: yamux as on a link, where Core is
+    /// the client and its first stream carries pings.
+    pub const DIRECT_PROTOCOL: &[u8] = b"ghost-direct/1";
     /// Most bytes of one message on the control stream.
     pub const MOST_LINK_MESSAGE: usize = 1024 * 1024;
 

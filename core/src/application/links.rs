@@ -21,6 +21,14 @@ pub trait HostLinks: Send + Sync {
     /// `HostOffline` where there is no way; it names since when.
     async fn open(&self, host: HostId) -> Result<Box<dyn ByteStream>>;
 
+    /// The number of the way that [`Self::open`] would take now; another one than before means that
+    /// what was opened over the old way should get no new calls. A way that was silent for a moment
+    /// is tried first, so this may take a round trip.
+    async fn way(&self, host: HostId) -> u64 {
+        let _ = host;
+        0
+    }
+
     /// Whether this replica has a link of the host.
     fn has(&self, host: HostId) -> bool;
 

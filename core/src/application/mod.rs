@@ -4,6 +4,7 @@ pub mod accounts;
 pub mod audit;
 pub mod callers;
 pub mod desk;
+pub mod direct;
 pub mod enrolment;
 pub mod fleet;
 pub mod health;

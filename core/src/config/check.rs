@@ -46,6 +46,14 @@ pub(super) fn check(config: &Config, judge: &mut Judge<'_>) {
         }
     }
     link(config, judge);
+    let direct = &config.direct;
+    if direct.enabled && (direct.networks.0.is_empty() || direct.ports.0.is_empty()) {
+        judge.problem(
+            "direct.enabled",
+            "no network or no port may be dialled",
+            "write direct.networks and direct.ports, or leave them out for private networks and 9090",
+        );
+    }
     store(config, judge);
     if config.oidc.issuer.is_some() != config.oidc.audience.is_some() {
         judge.problem(

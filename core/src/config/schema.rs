@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use ghost_core::domain::DirectPolicy;
 use ghost_domain::ByteSize;
 use ghost_infrastructure::config::{
     Endpoint, Fraction, FullPath, Judge, List, Listen, LogLevel, Name, Program, Schema,
@@ -10,7 +11,7 @@ use ghost_infrastructure::config::{
 use ghost_infrastructure::config_sections;
 use ghost_infrastructure::telemetry::LogFormat;
 
-use super::value::{Engine, HostPort, TrustDomain, Url, Word};
+use super::value::{Engine, HostPort, Network, Port, TrustDomain, Url, Word};
 
 config_sections! {
     /// The whole configuration.
@@ -25,6 +26,8 @@ config_sections! {
         metrics: section<Metrics> = Metrics::default(),
         /// See [`Link`].
         link: section<Link> = Link::default(),
+        /// See [`Direct`].
+        direct: section<Direct> = Direct::default(),
         /// See [`Store`].
         store: section<Store> = Store::default(),
         /// See [`Replica`].
@@ -94,6 +97,17 @@ config_sections! {
         ping_interval: key<Duration> = Duration::from_secs(5),
         /// TLS handshakes that are worked on at once; the others wait in line.
         handshakes: key<u32> = 64,
+    }
+
+    /// Connections that Core makes to hosts itself, where they say that they can be dialled. Each host
+    /// names its own addresses, so Core dials only where this allows it.
+    Direct {
+        /// Whether Core dials hosts at all.
+        enabled: key<bool> = false,
+        /// The networks that it may dial.
+        networks: key<List<Network>> = List(DirectPolicy::PRIVATE.map(Network).to_vec()),
+        /// The ports that it may dial.
+        ports: key<List<Port>> = List(vec![Port(DirectPolicy::PORT)]),
     }
 
     /// Where records are kept.

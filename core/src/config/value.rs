@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use ghost_core::domain::AddressRange;
 use ghost_infrastructure::config::{Refusal, Scalar, refuse};
 use ghost_infrastructure::config_choice;
 
@@ -59,6 +60,54 @@ impl Scalar for HostPort {
 
     fn to_text(&self) -> String {
         self.0.clone()
+    }
+}
+
+/// A range of addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Network(pub(crate) AddressRange);
+
+impl Scalar for Network {
+    const EXAMPLE: &'static str = "100.64.0.0/10";
+    const PLAIN: bool = true;
+
+    fn from_text(text: &str) -> Result<Self, Refusal> {
+        match text.parse() {
+            Ok(range) => Ok(Self(range)),
+            Err(error) => {
+                let why = error.cause().unwrap_or_default();
+                refuse(
+                    format!("{text:?} is not a range of addresses: {why}"),
+                    format!("write for example {} or fd00::/8", Self::EXAMPLE),
+                )
+            }
+        }
+    }
+
+    fn to_text(&self) -> String {
+        self.0.to_string()
+    }
+}
+
+/// A port of TCP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Port(pub(crate) u16);
+
+impl Scalar for Port {
+    const EXAMPLE: &'static str = "9090";
+    const PLAIN: bool = true;
+
+    fn from_text(text: &str) -> Result<Self, Refusal> {
+        match text.parse::<u16>() {
+            Ok(port) if port > 0 && text.bytes().all(|byte| byte.is_ascii_digit()) => {
+                Ok(Self(port))
+            }
+            _ => refuse(format!("{text:?} is not a port"), "write 1 to 65535"),
+        }
+    }
+
+    fn to_text(&self) -> String {
+        self.0.to_string()
     }
 }
 

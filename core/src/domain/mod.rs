@@ -5,6 +5,7 @@
 
 mod caller;
 mod command;
+mod direct;
 mod host;
 mod identity;
 mod inventory;
@@ -16,6 +17,7 @@ mod tenant;
 
 pub use caller::{Caller, CallerSource};
 pub use command::QueuedCommand;
+pub use direct::{AddressRange, DirectPolicy};
 pub use host::{
     CertificateUse, HostLife, HostRecord, HostState, Labels, LinkTruth, MISSED_HEARTBEATS,
     Ownership, check_label, shown_state,

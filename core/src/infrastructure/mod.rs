@@ -2,6 +2,7 @@
 
 pub mod audit;
 pub mod authority;
+pub mod direct;
 pub mod listener;
 pub mod oidc;
 pub mod store;

@@ -141,6 +141,26 @@ pub(super) fn host(view: &HostView, link: Option<&LinkInfo>, now: Timestamp) -> 
         enrolled_at: Some(timestamp(record.enrolled_at)),
         certificate_expires_at: Some(timestamp(record.certificate_expires_at)),
         certificate_generation: record.certificate_generation,
+        way: link
+            .map(|link| match &link.direct.used {
+                Some(_) => "direct".to_owned(),
+                None => "link".to_owned(),
+            })
+            .unwrap_or_default(),
+        direct_address: link
+            .and_then(|link| link.direct.used.clone())
+            .unwrap_or_default(),
+        direct_problem: link
+            .map(|link| link.direct.problem.clone())
+            .unwrap_or_default(),
+        direct_addresses: link
+            .iter()
+            .flat_map(|link| &link.direct_addresses)
+            .map(|(provider, address)| message::DirectAddress {
+                provider: provider.clone(),
+                address: address.clone(),
+            })
+            .collect(),
     }
 }
 

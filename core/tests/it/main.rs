@@ -8,6 +8,7 @@
 )]
 
 mod agent;
+mod direct;
 mod front;
 mod http;
 mod links;

@@ -16,6 +16,7 @@ mod collector;
 mod crash_points;
 mod crash_random;
 mod debian;
+mod direct;
 mod fleet;
 mod fleet_evil;
 mod fleet_identity;

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use ghost_proto::view::{
-    FleetCommand, FleetHost, FleetQuota, FleetStatus, FleetUsage, FleetUser, FleetVm, Tenant,
+    FleetCommand, FleetHost, FleetLink, FleetQuota, FleetStatus, FleetUsage, FleetUser, FleetVm,
+    Tenant,
 };
 
 use crate::table::{Paint, Sheet, Table};
@@ -78,6 +79,16 @@ pub(super) fn host_table(hosts: &[FleetHost]) -> Table {
     table
 }
 
+/// How calls reach a host, and why no better way is used.
+fn calls_go_by(link: &FleetLink) -> Option<String> {
+    let way = link.way.as_deref()?;
+    Some(match (&link.direct_address, &link.direct_problem) {
+        (Some(address), _) => format!("{way}, {address}"),
+        (None, Some(problem)) => format!("{way} (not directly: {problem})"),
+        (None, None) => way.to_owned(),
+    })
+}
+
 pub(super) fn host(host: &FleetHost, paint: Paint) -> String {
     let mut sheet = Sheet::new();
     sheet
@@ -126,6 +137,7 @@ pub(super) fn host(host: &FleetHost, paint: Paint) -> String {
         },
     );
     sheet.some("last loss", link.last_loss.as_ref());
+    sheet.some("calls go by", calls_go_by(link));
     if let Some(capacity) = &host.capacity {
         sheet
             .line(

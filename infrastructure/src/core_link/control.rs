@@ -144,6 +144,8 @@ pub(super) struct Context {
     pub(super) agent_version: String,
     pub(super) instance: String,
     pub(super) certificate_generation: u64,
+    /// By what Core knows this machine again; empty where it cannot.
+    pub(super) machine_hash: String,
     /// Where the identity lies.
     pub(super) folder: IdentityFolder,
     /// The Core that greeted first, where one has.
@@ -282,6 +284,7 @@ async fn greet(handle: &TunnelHandle, context: &Context) -> Result<Greeted, End>
         carrier: context.carrier.into(),
         direct_addresses: context.direct.clone(),
         facts: Some(convert::facts(&facts)),
+        machine_hash: context.machine_hash.clone(),
     };
     writer.send(Kind::Hello(hello)).await.map_err(lost)?;
     loop {

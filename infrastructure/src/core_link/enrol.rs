@@ -32,7 +32,7 @@ const MOST_ANSWER: usize = 256 * 1024;
 const RECOVER_PREFIX: &[u8] = b"ghost-recover-v1";
 /// The key under which a machine is known to Core: the machine's own id goes nowhere else.
 const MACHINE_PREFIX: &[u8] = b"ghost-machine-v1\0";
-const MACHINE_ID: &str = "/etc/machine-id";
+pub(super) const MACHINE_ID: &str = "/etc/machine-id";
 
 /// How a host joins.
 #[derive(Clone, Debug)]
@@ -299,6 +299,20 @@ fn machine_hash(path: &Path) -> String {
     }
 }
 
+/// The same for a host of a fleet, salted with its id: what one fleet knows of a machine is worth
+/// nothing to another, and two hosts' values cannot be held against each other.
+pub(super) fn machine_of(host: HostId, path: &Path) -> String {
+    match std::fs::read_to_string(path) {
+        Ok(id) if !id.trim().is_empty() => {
+            let digest = Sha256::new_with_prefix(MACHINE_PREFIX)
+                .chain_update(host.uuid().as_bytes())
+                .chain_update(id.trim());
+            hex::encode(digest.finalize())
+        }
+        _ => String::new(),
+    }
+}
+
 pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
@@ -346,5 +360,12 @@ mod tests {
         let hash = machine_hash(&path);
         assert_eq!(hash.len(), 64);
         assert!(!hash.contains("0123456789abcdef"));
+        let (one, other) = (HostId::random(), HostId::random());
+        let salted = machine_of(one, &path);
+        assert_eq!(salted.len(), 64);
+        assert_eq!(salted, machine_of(one, &path));
+        assert_ne!(salted, machine_of(other, &path));
+        assert_ne!(salted, hash);
+        assert_eq!(machine_of(one, &folder.path().join("none")), "");
     }
 }

@@ -20,6 +20,7 @@ pub mod direct;
 mod enrol;
 mod heartbeat;
 mod identity;
+mod inbound;
 pub mod piko;
 mod signals;
 #[cfg(test)]
@@ -43,13 +44,15 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 pub use enrol::{EnrolOptions, enrol};
+pub use ghost_proto::core::DIRECT_PROTOCOL;
 pub use tls::core_uri;
 
 use crate::tunnel::{Backoff, BackoffOptions, Dialled, Limits, Side, Tunnel, TunnelStream, begin};
 use control::{Context, End, Shown};
 use direct::DirectOptions;
-use enrol::{blocking, recover, renew, renew_at};
+use enrol::{MACHINE_ID, blocking, machine_of, recover, renew, renew_at};
 use identity::{Enrolled, IdentityFolder};
+use inbound::Inbound;
 use signals::Signal;
 use tls::{Setup, Trust};
 
@@ -112,6 +115,15 @@ pub struct CoreLinkService {
     signalled: Mutex<Option<mpsc::Receiver<Signal>>>,
     streams: mpsc::Sender<TunnelStream>,
     incoming: Mutex<Option<mpsc::Receiver<TunnelStream>>>,
+    inbound: Inbound,
+    standing: Mutex<Standing>,
+}
+
+/// How long what was built on an identity may stand.
+struct Standing {
+    host: Option<HostId>,
+    /// Cancelled when this host is another one, or none any more, or the agent stops.
+    token: CancellationToken,
 }
 
 impl CoreLinkService {
@@ -129,6 +141,10 @@ impl CoreLinkService {
         let identity = folder.load()?.map(Arc::new);
         let (signals, signalled) = mpsc::channel(8);
         let (streams, incoming) = mpsc::channel(STREAMS_WAITING);
+        let standing = Standing {
+            host: identity.as_ref().map(|one| one.identity.host),
+            token: CancellationToken::new(),
+        };
         Ok(Self {
             options,
             pace: Pace::default(),
@@ -143,6 +159,8 @@ impl CoreLinkService {
             signalled: Mutex::new(Some(signalled)),
             streams,
             incoming: Mutex::new(Some(incoming)),
+            inbound: Inbound::default(),
+            standing: Mutex::new(standing),
         })
     }
 
@@ -168,6 +186,7 @@ impl CoreLinkService {
             () = self.keep_linked(&mut signalled, &stop) => {}
             () = self.keep_certified(&stop) => {}
         }
+        self.standing.lock().token.cancel();
         self.shown.set(LinkState::Off);
     }
 
@@ -264,12 +283,25 @@ impl CoreLinkService {
             Ok(found) => {
                 let found = found.map(Arc::new);
                 self.identity.lock().clone_from(&found);
+                self.stand(found.as_ref().map(|one| one.identity.host));
                 found
             }
             Err(error) => {
                 tracing::error!(%error, "this host's identity in its fleet cannot be read");
                 None
             }
+        }
+    }
+
+    /// Ends what was built on the identity of another host than this.
+    fn stand(&self, host: Option<HostId>) {
+        let mut standing = self.standing.lock();
+        if standing.host != host {
+            standing.token.cancel();
+            *standing = Standing {
+                host,
+                token: CancellationToken::new(),
+            };
         }
     }
 
@@ -313,8 +345,10 @@ impl CoreLinkService {
         connects: u64,
         last_loss: &str,
     ) -> Result<Context> {
-        let folder = self.folder.clone();
-        let core_id = blocking(move || folder.core_id()).await?;
+        let (folder, host) = (self.folder.clone(), enrolled.identity.host);
+        let (core_id, machine_hash) =
+            blocking(move || Ok((folder.core_id()?, machine_of(host, Path::new(MACHINE_ID)))))
+                .await?;
         let core = enrolled.identity.addresses.first().map(String::as_str);
         Ok(Context {
             handler: Arc::clone(&self.handler),
@@ -324,6 +358,7 @@ impl CoreLinkService {
             agent_version: self.options.agent_version.clone(),
             instance: self.instance.clone(),
             certificate_generation: enrolled.identity.generation,
+            machine_hash,
             folder: self.folder.clone(),
             core_id,
             direct: self
@@ -468,6 +503,7 @@ impl std::fmt::Debug for CoreLinkService {
         f.debug_struct("CoreLinkService")
             .field("options", &self.options)
             .field("state", &self.shown.get())
+            .field("direct", &self.inbound.replicas())
             .finish_non_exhaustive()
     }
 }

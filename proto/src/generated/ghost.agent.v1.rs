@@ -4037,7 +4037,7 @@ pub struct AllowCoreDeletesResponse {
     pub until: ::core::option::Option<::prost_types::Timestamp>,
 }
 /// How this host's link to Ghost Core fares, as the host sees it.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct CoreLink {
     /// Whether this host has joined a fleet. Where it has not, all of its identity is empty.
     #[prost(bool, tag = "1")]
@@ -4092,6 +4092,26 @@ pub struct CoreLink {
     /// Until when Core may delete any number of VMs; absent where it may not.
     #[prost(message, optional, tag = "19")]
     pub deletes_allowed_until: ::core::option::Option<::prost_types::Timestamp>,
+    /// Every way by which Core can reach this host, each with its own state.
+    #[prost(message, repeated, tag = "20")]
+    pub carriers: ::prost::alloc::vec::Vec<CoreCarrier>,
+}
+/// One way between this host and Core.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CoreCarrier {
+    /// link: the connection that this host keeps to Core. piko: the one to a Piko server. direct:
+    /// connections that Core makes to this host's own listener.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// The state of a link: off, connecting, up, silent, waiting, refused.
+    #[prost(string, tag = "2")]
+    pub state: ::prost::alloc::string::String,
+    /// Why it is not up.
+    #[prost(string, tag = "3")]
+    pub reason: ::prost::alloc::string::String,
+    /// The other end: a replica of Core, a Piko server and endpoint, how many connections.
+    #[prost(string, tag = "4")]
+    pub peer: ::prost::alloc::string::String,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Resources {

@@ -133,6 +133,10 @@ pub struct AgentHello {
     pub direct_addresses: ::prost::alloc::vec::Vec<DirectAddress>,
     #[prost(message, optional, tag = "10")]
     pub facts: ::core::option::Option<HostFacts>,
+    /// `/etc/machine-id` hashed with the host's id, 64 hexadecimal digits; empty where the machine has
+    /// none. Another one than before means that the host's files were copied to another machine.
+    #[prost(string, tag = "11")]
+    pub machine_hash: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DirectAddress {
@@ -403,7 +407,7 @@ pub struct CommandKept {
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Goodbye {
     /// A code: shutting_down, replaced, revoked, unknown_host, cloned_identity, protocol_error,
-    /// unsupported_version, not_the_owner.
+    /// unsupported_version, not_the_owner, certificate_expired.
     #[prost(string, tag = "1")]
     pub code: ::prost::alloc::string::String,
     #[prost(string, tag = "2")]
@@ -1034,6 +1038,19 @@ pub struct Host {
     pub certificate_expires_at: ::core::option::Option<::prost_types::Timestamp>,
     #[prost(uint64, tag = "24")]
     pub certificate_generation: u64,
+    /// How calls reach the host: `link`, or `direct` over an address that Core dials; empty where they do
+    /// not.
+    #[prost(string, tag = "25")]
+    pub way: ::prost::alloc::string::String,
+    /// Of a direct way: the address in use, `ip:port`.
+    #[prost(string, tag = "26")]
+    pub direct_address: ::prost::alloc::string::String,
+    /// Why there is no direct way.
+    #[prost(string, tag = "27")]
+    pub direct_problem: ::prost::alloc::string::String,
+    /// Where the host says that its listener can be dialled.
+    #[prost(message, repeated, tag = "28")]
+    pub direct_addresses: ::prost::alloc::vec::Vec<DirectAddress>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ListHostsRequest {

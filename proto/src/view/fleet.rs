@@ -208,6 +208,32 @@ pub struct FleetLink {
     pub connects: u64,
     /// Why the one before this ended.
     pub last_loss: Option<String>,
+    /// How calls reach the host: `link` or `direct`; null while they do not.
+    pub way: Option<String>,
+    /// The address of a direct way in use.
+    pub direct_address: Option<String>,
+    /// Why there is no direct way.
+    pub direct_problem: Option<String>,
+    /// Where the host says that its listener can be dialled.
+    pub direct_addresses: Vec<DirectAddress>,
+}
+
+/// An address by which Core could dial a host itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct DirectAddress {
+    /// Where it comes from: `tailscale`, `wireguard` or `lan`.
+    pub provider: String,
+    /// `ip:port`.
+    pub address: String,
+}
+
+impl From<message::DirectAddress> for DirectAddress {
+    fn from(one: message::DirectAddress) -> Self {
+        Self {
+            provider: one.provider,
+            address: one.address,
+        }
+    }
 }
 
 /// A host of the fleet.
@@ -289,6 +315,10 @@ impl From<message::Host> for FleetHost {
                 round_trip_seconds: Some(facts.round_trip_seconds).filter(|taken| *taken > 0.0),
                 connects: facts.connects,
                 last_loss: filled(facts.last_loss),
+                way: filled(host.way),
+                direct_address: filled(host.direct_address),
+                direct_problem: filled(host.direct_problem),
+                direct_addresses: each(host.direct_addresses),
             },
             permissions: host.permissions,
             vms: host.vms,
@@ -825,7 +855,8 @@ mod tests {
                 "labels": {}, "cordoned": false, "cordon_reason": null, "agent_version": null,
                 "facts": null, "capacity": null, "health": null,
                 "link": {"carrier": null, "replica": null, "round_trip_seconds": null,
-                         "connects": 0, "last_loss": null},
+                         "connects": 0, "last_loss": null, "way": null, "direct_address": null,
+                         "direct_problem": null, "direct_addresses": []},
                 "permissions": "", "vms": {}, "queued_commands": 0, "enrolled_at": "",
                 "certificate_expires_at": null, "certificate_generation": 0,
             })

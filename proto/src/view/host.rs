@@ -188,6 +188,32 @@ pub struct CoreLink {
     /// Until when Core may delete any number of VMs, RFC 3339; null: not now.
     #[schema(format = DateTime)]
     pub deletes_allowed_until: Option<String>,
+    /// Every way by which Core can reach this host, each with its own state.
+    pub carriers: Vec<CoreCarrier>,
+}
+
+/// One way between a host and Ghost Core.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct CoreCarrier {
+    /// `link`, `piko` or `direct`.
+    pub name: String,
+    /// `off`, `connecting`, `up`, `silent`, `waiting` or `refused`.
+    pub state: String,
+    /// Why it is not up.
+    pub reason: Option<String>,
+    /// The other end, for people.
+    pub peer: Option<String>,
+}
+
+impl From<message::CoreCarrier> for CoreCarrier {
+    fn from(carrier: message::CoreCarrier) -> Self {
+        Self {
+            name: carrier.name,
+            state: carrier.state,
+            reason: filled(carrier.reason),
+            peer: filled(carrier.peer),
+        }
+    }
 }
 
 impl From<message::CoreLink> for CoreLink {
@@ -212,6 +238,7 @@ impl From<message::CoreLink> for CoreLink {
             retry_in_seconds: link.retry_in.as_ref().map(seconds),
             last_failure: filled(link.last_failure),
             deletes_allowed_until: optional_time(link.deletes_allowed_until.as_ref()),
+            carriers: link.carriers.into_iter().map(CoreCarrier::from).collect(),
         }
     }
 }

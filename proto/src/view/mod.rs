@@ -23,9 +23,9 @@ mod vm;
 pub use access::{ApiKey, Certificate, CreatedKey, Identity, JoinToken};
 pub use error::{ErrorBody, ErrorDetail, FieldViolation};
 pub use fleet::{
-    CommandStatus, CreatedFleetKey, FleetAuditEntry, FleetCapacity, FleetCommand, FleetFacts,
-    FleetHealth, FleetHost, FleetKey, FleetLink, FleetQuota, FleetReplica, FleetStatus, FleetStore,
-    FleetToken, FleetUsage, FleetUser, FleetVm, Placement, RejectedHost, Tenant,
+    CommandStatus, CreatedFleetKey, DirectAddress, FleetAuditEntry, FleetCapacity, FleetCommand,
+    FleetFacts, FleetHealth, FleetHost, FleetKey, FleetLink, FleetQuota, FleetReplica, FleetStatus,
+    FleetStore, FleetToken, FleetUsage, FleetUser, FleetVm, Placement, RejectedHost, Tenant,
 };
 pub use guest::{
     AuditEntry, AuditVerdict, GuestAccess, GuestCloudInit, GuestFile, GuestFilesystem, GuestFreeze,
@@ -33,8 +33,8 @@ pub use guest::{
     GuestUpdate, Lockdown,
 };
 pub use host::{
-    AgentStatus, CoreLink, Event, HostStatus, Hypervisor, Lease, Machine, Network, ResourceShares,
-    Resources, Store,
+    AgentStatus, CoreCarrier, CoreLink, Event, HostStatus, Hypervisor, Lease, Machine, Network,
+    ResourceShares, Resources, Store,
 };
 pub use image::{CatalogueEntry, Image};
 pub use operation::{Operation, OperationError, OperationStatus, Progress};

@@ -318,7 +318,8 @@ fn the_other_views_have_stable_keys() {
             json_of(CoreLink::from(message::CoreLink::default())),
             "enrolled host_id host_name tenant trust_domain addresses authority_fingerprint \
              certificate_expires_at certificate_generation permissions state reason since carrier \
-             replica round_trip_seconds retry_in_seconds last_failure deletes_allowed_until",
+             replica round_trip_seconds retry_in_seconds last_failure deletes_allowed_until \
+             carriers",
         ),
         (
             json_of(Certificate::from(message::Certificate::default())),

@@ -11,6 +11,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::messages::{Goodbye, HostLinkFacts};
+use crate::application::direct::DirectInfo;
 use crate::application::links::ByteStream;
 
 /// What carries a link.
@@ -35,6 +36,8 @@ pub struct LinkInfo {
     pub direct_addresses: Vec<(String, String)>,
     /// How it fares, as the host sees it.
     pub facts: HostLinkFacts,
+    /// Whether calls go by a direct way instead.
+    pub direct: DirectInfo,
 }
 
 /// Tells a session to say goodbye.

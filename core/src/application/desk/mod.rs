@@ -21,8 +21,8 @@ mod tests;
 mod writer;
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -43,6 +43,7 @@ use self::keeper::Keeper;
 use self::links::{Link, Links};
 use self::session::{End, Session};
 use self::writer::HostWriter;
+use crate::application::direct::{DirectInfo, Directs};
 use crate::application::fleet::Fleet;
 use crate::application::links::{ByteStream, HostLinks};
 use crate::domain::{CertificateUse, HostLife, HostRecord, Ownership, Record, RecordKey, Replica};
@@ -125,6 +126,8 @@ pub struct Desk {
     keeper: Keeper,
     counters: Counters,
     instances: Mutex<HashMap<HostId, Vec<String>>>,
+    /// Ways to hosts beside their links, where Core's owner wants them.
+    directs: OnceLock<Arc<Directs>>,
     /// Set once no link is taken any more: what those that come are told.
     closing: Mutex<Option<Goodbye>>,
     stop: CancellationToken,
@@ -172,6 +175,7 @@ impl Desk {
             keeper: Keeper::default(),
             counters: Counters::default(),
             instances: Mutex::default(),
+            directs: OnceLock::new(),
             closing: Mutex::new(None),
             stop: stop.clone(),
         });
@@ -194,9 +198,25 @@ impl Desk {
         self.links.len()
     }
 
+    /// Lets calls go to hosts directly where that is possible. To be called once, before the first
+    /// host comes.
+    pub fn use_directs(&self, directs: Arc<Directs>) {
+        if self.directs.set(directs).is_err() {
+            tracing::error!("direct ways were set up already");
+        }
+    }
+
     /// What is known of a host's link, where it is here.
     pub fn link_info(&self, host: HostId) -> Option<LinkInfo> {
-        self.links.get(host).map(|link| link.info())
+        let mut info = self.links.get(host)?.info();
+        info.direct = match self.directs.get() {
+            Some(directs) => directs.info(host),
+            None => DirectInfo {
+                used: None,
+                problem: "Core dials no hosts (direct.enabled there)".into(),
+            },
+        };
+        Some(info)
     }
 
     /// Speaks with a host on the control stream of its link, until the link ends.
@@ -226,6 +246,9 @@ impl Desk {
         live.set_linked(true);
         live.heard(clock.monotonic(), clock.now());
         self.counters.links.fetch_add(1, Ordering::Relaxed);
+        if let Some(directs) = self.directs.get() {
+            directs.linked(&peer.tenant, host, link.info().direct_addresses);
+        }
         tracing::info!(%host, carrier = link.info().carrier, "a host is linked");
         let end = match writer.queue(ToHost::Welcome(welcome)) {
             Ok(()) => {
@@ -300,6 +323,7 @@ impl Desk {
                 carrier: hello.carrier.clone(),
                 direct_addresses: hello.direct_addresses.clone(),
                 facts: HostLinkFacts::default(),
+                direct: DirectInfo::default(),
             },
         ));
         self.links.enter(&link).await;
@@ -391,6 +415,9 @@ impl Desk {
         let live = self.fleet.live(host);
         if self.links.leave(link) {
             live.set_linked(false);
+            if let Some(directs) = self.directs.get() {
+                directs.left(host);
+            }
         }
         self.keeper.dirty(host);
         let (number, heard_at) = (link.number, live.heard_at());
@@ -551,12 +578,26 @@ impl HostLinks for Desk {
         let Some(link) = self.links.get(host) else {
             return Err(self.offline(host));
         };
+        if let Some(directs) = self.directs.get()
+            && let Some(stream) = directs.open(host).await
+        {
+            return Ok(stream);
+        }
         match tokio::time::timeout(OPEN_TIME, link.transport.open()).await {
             Ok(opened) => opened,
             Err(_) => Err(self
                 .offline(host)
                 .because("its link takes no new stream within 10 s")),
         }
+    }
+
+    async fn way(&self, host: HostId) -> u64 {
+        if let Some(directs) = self.directs.get()
+            && let Some(number) = directs.number(host).await
+        {
+            return number;
+        }
+        self.links.get(host).map_or(0, |link| link.number)
     }
 
     fn has(&self, host: HostId) -> bool {

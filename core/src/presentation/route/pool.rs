@@ -79,6 +79,8 @@ struct Slot {
 
 struct Connection {
     sender: SendRequest<Body>,
+    /// The way to the host that it was opened on; see [`HostLinks::way`].
+    way: u64,
     calls: AtomicUsize,
     idle_since: Mutex<Instant>,
 }
@@ -114,13 +116,17 @@ impl Drop for Lease {
 }
 
 impl Slot {
-    /// A place on a connection that has one.
-    fn pick(&self, most_calls: usize) -> Option<Lease> {
+    /// A place on a connection that has one. Connections over another way than the present one end
+    /// with the calls that they have.
+    fn pick(&self, way: u64, most_calls: usize) -> Option<Lease> {
         let mut connections = self.connections.lock();
-        connections.retain(|one| !one.sender.is_closed());
+        connections.retain(|one| {
+            let used = one.way == way || one.calls.load(Ordering::Acquire) > 0;
+            used && !one.sender.is_closed()
+        });
         let free = connections
             .iter()
-            .find(|one| one.calls.load(Ordering::Acquire) < most_calls)?;
+            .find(|one| one.way == way && one.calls.load(Ordering::Acquire) < most_calls)?;
         free.calls.fetch_add(1, Ordering::AcqRel);
         Some(Lease(Arc::clone(free)))
     }
@@ -187,15 +193,20 @@ impl Pool {
             let mut slots = self.slots.lock();
             Arc::clone(slots.entry(onward.target.clone()).or_default())
         };
-        if let Some(lease) = slot.pick(self.options.most_calls) {
+        let way = match &onward.target {
+            Target::Host(host) => self.hosts.way(*host).await,
+            Target::Replica { .. } => 0,
+        };
+        if let Some(lease) = slot.pick(way, self.options.most_calls) {
             return Ok(lease);
         }
         let _opening = slot.opening.lock().await;
         // Another call may have opened one meanwhile.
-        if let Some(lease) = slot.pick(self.options.most_calls) {
+        if let Some(lease) = slot.pick(way, self.options.most_calls) {
             return Ok(lease);
         }
-        if slot.connections.lock().len() >= self.options.most_connections {
+        let open = |one: &&Arc<Connection>| one.way == way;
+        if slot.connections.lock().iter().filter(open).count() >= self.options.most_connections {
             return Err(Error::new(
                 ErrorCode::TooManyRequests,
                 format!("too many calls to the host {} at once", onward.host_name),
@@ -218,6 +229,7 @@ impl Pool {
         })??;
         let connection = Arc::new(Connection {
             sender,
+            way,
             calls: AtomicUsize::new(1),
             idle_since: Mutex::new(Instant::now()),
         });
