@@ -17,6 +17,7 @@ use ghost_domain::{Error, ErrorCode, Principal, Result, Secret};
 use tracing::{Instrument, Span};
 
 use super::Shell;
+use super::compat::{self, BatwaFailure};
 use super::guest::connect::{self, ConnectFailure};
 use super::problem::Failure;
 use super::routes::{self, Route};
@@ -89,6 +90,9 @@ pub(super) async fn guard(
 fn fail(path: &str, error: Error) -> Response {
     if path.starts_with(connect::PREFIX) {
         return ConnectFailure(error).into_response();
+    }
+    if compat::is_batwa(path) {
+        return BatwaFailure(error).into_response();
     }
     Failure(error).into_response()
 }
@@ -210,7 +214,8 @@ fn key_of(headers: &HeaderMap) -> Result<Secret> {
         })
 }
 
-fn subprotocol(headers: &HeaderMap) -> Option<String> {
+/// The key of a WebSocket that a page opens.
+pub(super) fn subprotocol(headers: &HeaderMap) -> Option<String> {
     let upgrade = headers.get(header::UPGRADE)?.to_str().ok()?;
     if !upgrade.eq_ignore_ascii_case("websocket") {
         return None;

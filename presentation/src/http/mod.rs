@@ -4,6 +4,7 @@
 //! of [`problem`]. Everything but the health routes needs a key and the role of [`routes::ROUTES`].
 
 mod bodies;
+pub mod compat;
 mod events;
 pub mod extract;
 mod guard;
@@ -53,6 +54,8 @@ pub struct Options {
     pub most_requests: usize,
     /// How often the key behind a session is looked at again: how late a revocation counts.
     pub recheck: Duration,
+    /// Whether the routes of Batwa are served too.
+    pub batwa: bool,
 }
 
 impl Default for Options {
@@ -63,6 +66,7 @@ impl Default for Options {
             timeout: Duration::from_secs(30),
             most_requests: 256,
             recheck: Duration::from_secs(15),
+            batwa: false,
         }
     }
 }
@@ -99,7 +103,11 @@ pub fn router(
     options: Options,
     shutdown: CancellationToken,
 ) -> Router {
-    let (router, document) = described(&options.agent).split_for_parts();
+    let (router, mut document) = described(&options.agent).split_for_parts();
+    let batwa = options.batwa;
+    if batwa {
+        document.merge(compat::openapi());
+    }
     let shell = Arc::new(Shell {
         use_cases,
         recorder,
@@ -109,6 +117,11 @@ pub fn router(
         run: uuid::Uuid::new_v4().simple().to_string(),
         document: document.to_json().unwrap_or_default(),
     });
+    let router = if batwa {
+        router.merge(compat::router(Arc::new(compat::Local(Arc::clone(&shell)))))
+    } else {
+        router
+    };
     router
         .fallback(nothing)
         .method_not_allowed_fallback(nothing)

@@ -177,15 +177,39 @@ pub const ROUTES: &[Route] = &[
     ),
 ];
 
+/// The routes of Batwa, which are served where the configuration says so (`compat.batwa`).
+pub const BATWA_ROUTES: &[Route] = &[
+    // It acknowledges and changes nothing.
+    unary("POST", "/api/agent/register", Viewer),
+    unary("GET", "/api/agent/list", Viewer),
+    unary("GET", "/api/vm/list", Viewer),
+    unary("GET", "/api/vm/info/{vm_name}", Viewer),
+    unary("POST", "/api/vm/create", Operator),
+    unary("POST", "/api/vm/start", Operator),
+    unary("POST", "/api/vm/stop", Operator),
+    unary("POST", "/api/vm/delete", Operator),
+    enters("POST", "/api/execute", Shape::Stream),
+    enters("GET", "/ws", Shape::Stream),
+];
+
 /// The route of a request, by the path pattern that the router matched. `HEAD` is `GET` without
 /// the body.
 pub(super) fn route(method: &Method, path: &str) -> Option<&'static Route> {
+    find(ROUTES, method, path).or_else(|| batwa_route(method, path))
+}
+
+/// The same among the routes of Batwa alone.
+pub(super) fn batwa_route(method: &Method, path: &str) -> Option<&'static Route> {
+    find(BATWA_ROUTES, method, path)
+}
+
+fn find(routes: &'static [Route], method: &Method, path: &str) -> Option<&'static Route> {
     let method = if method == Method::HEAD {
         "GET"
     } else {
         method.as_str()
     };
-    ROUTES
+    routes
         .iter()
         .find(|route| route.method == method && route.path == path)
 }

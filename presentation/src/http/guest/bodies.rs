@@ -22,7 +22,7 @@ const USUAL_TIME: Duration = Duration::from_secs(60);
 /// The longest that a request may wait for a program: beyond it a session is the right thing.
 const LONGEST_TIME: Duration = Duration::from_secs(3600);
 /// Most bytes of stdout, and of stderr, in one answer.
-pub(super) const MOST_OUTPUT: usize = 1024 * 1024;
+pub(in crate::http) const MOST_OUTPUT: usize = 1024 * 1024;
 
 /// A program to run to its end.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
@@ -88,7 +88,7 @@ impl ExecBody {
 }
 
 /// How long a program may run and how much it may say, in one answer.
-pub(super) fn bounds(time: Option<f64>, output: Option<u64>) -> Result<(Duration, usize)> {
+pub(in crate::http) fn bounds(time: Option<f64>, output: Option<u64>) -> Result<(Duration, usize)> {
     let time = match time {
         None => USUAL_TIME,
         Some(given) => seconds(given, "timeout_seconds")?,

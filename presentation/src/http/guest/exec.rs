@@ -74,7 +74,7 @@ pub(in crate::http) async fn exec(
     let begun = Instant::now();
     let exec = &shell.use_cases.exec_in_guest;
     let session = exec.execute(&caller, &target, request).await?;
-    let done = collect(&shell, session, stdin, most).await?;
+    let done = collect(shutting_down(&shell), session, stdin, most).await?;
     let (stdout, stdout_base64) = shown(&done.stdout);
     let (stderr, stderr_base64) = shown(&done.stderr);
     let answer = ExecAnswer {
@@ -177,7 +177,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Wanted {
 }
 
 /// Switches protocols, and goes on within the request's span.
-fn carry_on<F, Fut>(upgrade: WebSocketUpgrade, session: F) -> Response
+pub(in crate::http) fn carry_on<F, Fut>(upgrade: WebSocketUpgrade, session: F) -> Response
 where
     F: FnOnce(WebSocket) -> Fut + Send + 'static,
     Fut: Future<Output = ()> + Send + 'static,
@@ -229,7 +229,8 @@ async fn begin(
     exec.execute(caller, target, body.request()?).await
 }
 
-async fn shutting_down(shell: &Shell) -> Error {
+/// Resolves when the agent ends.
+pub(in crate::http) async fn shutting_down(shell: &Shell) -> Error {
     shell.shutdown.cancelled().await;
     Error::new(ErrorCode::ShuttingDown, "the agent is shutting down")
         .hint("connect again in a moment")
@@ -237,7 +238,7 @@ async fn shutting_down(shell: &Shell) -> Error {
 }
 
 /// Ends once the session must: the agent ends, or the key is no longer good.
-async fn called_off(shell: Arc<Shell>, key: PresentedKey) -> Error {
+pub(in crate::http) async fn called_off(shell: Arc<Shell>, key: PresentedKey) -> Error {
     loop {
         tokio::select! {
             error = shutting_down(&shell) => return error,
@@ -251,9 +252,9 @@ async fn called_off(shell: Arc<Shell>, key: PresentedKey) -> Error {
 
 /// What a program said, as far as it is kept.
 #[derive(Debug, Default)]
-pub(super) struct Captured {
-    pub(super) data: Vec<u8>,
-    pub(super) truncated: bool,
+pub(in crate::http) struct Captured {
+    pub(in crate::http) data: Vec<u8>,
+    pub(in crate::http) truncated: bool,
 }
 
 impl Captured {
@@ -276,15 +277,16 @@ impl Captured {
 }
 
 /// A program that has ended.
-pub(super) struct Done {
-    pub(super) exit: ExecExit,
-    pub(super) stdout: Captured,
-    pub(super) stderr: Captured,
+pub(in crate::http) struct Done {
+    pub(in crate::http) exit: ExecExit,
+    pub(in crate::http) stdout: Captured,
+    pub(in crate::http) stderr: Captured,
 }
 
-/// Waits for a program's end and keeps at most `most` bytes of each of its outputs.
-pub(super) async fn collect(
-    shell: &Shell,
+/// Waits for a program's end and keeps at most `most` bytes of each of its outputs. `called_off`
+/// ends it before, with its reason.
+pub(in crate::http) async fn collect(
+    called_off: impl Future<Output = Error>,
     session: ExecSession,
     stdin: Option<Vec<u8>>,
     most: usize,
@@ -298,7 +300,7 @@ pub(super) async fn collect(
         }
         input.end().await
     });
-    let mut shutdown = std::pin::pin!(shutting_down(shell));
+    let mut called_off = std::pin::pin!(called_off);
     let (mut stdout, mut stderr) = (Captured::default(), Captured::default());
     loop {
         let event = tokio::select! {
@@ -311,7 +313,7 @@ pub(super) async fn collect(
                 }
                 continue;
             }
-            error = &mut shutdown => return Err(error),
+            error = &mut called_off => return Err(error),
         };
         match event {
             ExecEvent::Started(_) => {}

@@ -17,6 +17,9 @@ pub(super) use exec::*;
 pub(super) use files::*;
 pub(super) use requests::*;
 
+pub(super) use bodies::{MOST_OUTPUT, bounds};
+pub(super) use session::{Framing, carry, check_origin};
+
 use std::convert::Infallible;
 
 use axum::extract::FromRequestParts;

@@ -38,11 +38,14 @@ const GOODBYE: Duration = Duration::from_secs(5);
 
 /// What stands before the bytes of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Framing {
+pub(in crate::http) enum Framing {
     /// Nothing: a terminal has one stream of output.
     Raw,
     /// The number of the stream: 1 for stdout, 2 for stderr.
     Numbered,
+    /// Nothing, and frames are text both ways: what is typed and what is shown, and nothing else is
+    /// said. For clients that know terminals of that kind only.
+    Text,
 }
 
 /// What the server says in text frames.
@@ -92,8 +95,8 @@ impl From<&ExecExit> for Exit {
 
 /// How a session ended.
 enum Ended {
-    /// The program did, and that was told.
-    Exited,
+    /// The program did, and that was told. With what the closing frame says.
+    Exited(String),
     /// The client went away.
     HungUp,
     Failed(Error),
@@ -104,7 +107,7 @@ enum Ended {
 ///
 /// # Errors
 /// `PermissionDenied`.
-pub(super) fn check_origin(headers: &HeaderMap) -> Result<()> {
+pub(in crate::http) fn check_origin(headers: &HeaderMap) -> Result<()> {
     let text = |name| headers.get(name).map(|value| value.to_str().unwrap_or(""));
     let Some(origin) = text(header::ORIGIN) else {
         return Ok(());
@@ -126,7 +129,7 @@ pub(super) fn check_origin(headers: &HeaderMap) -> Result<()> {
 }
 
 /// Carries a session until the program ends, the client goes, or `called_off` says why not.
-pub(super) async fn carry(
+pub(in crate::http) async fn carry(
     socket: WebSocket,
     session: ExecSession,
     framing: Framing,
@@ -137,7 +140,7 @@ pub(super) async fn carry(
     let ended = {
         let ExecSession { output, input } = session;
         let mut speaking = pin!(speak(&mut sink, output, framing, &client));
-        let mut listening = pin!(listen(&mut source, input.as_ref(), &client));
+        let mut listening = pin!(listen(&mut source, input.as_ref(), framing, &client));
         let mut called_off = pin!(called_off);
         tokio::select! {
             ended = &mut speaking => ended,
@@ -146,25 +149,30 @@ pub(super) async fn carry(
         }
         // Here the program is dropped, before anybody is told.
     };
-    let goodbye = farewell(&mut sink, &mut source, ended);
+    let goodbye = farewell(&mut sink, &mut source, framing, ended);
     drop(tokio::time::timeout(GOODBYE, goodbye).await);
 }
 
 /// Tells of a session that could not begin.
 pub(super) async fn refuse(socket: WebSocket, error: Error) {
     let (mut sink, mut source) = socket.split();
-    let goodbye = farewell(&mut sink, &mut source, Ended::Failed(error));
+    let goodbye = farewell(&mut sink, &mut source, Framing::Raw, Ended::Failed(error));
     drop(tokio::time::timeout(GOODBYE, goodbye).await);
 }
 
 async fn farewell(
     sink: &mut SplitSink<WebSocket, Message>,
     source: &mut SplitStream<WebSocket>,
+    framing: Framing,
     ended: Ended,
 ) {
+    let mut reason = String::new();
     let code = match ended {
         Ended::HungUp => return,
-        Ended::Exited => close_code::NORMAL,
+        Ended::Exited(how) => {
+            reason = how;
+            close_code::NORMAL
+        }
         Ended::Failed(error) => {
             tracing::debug!(%error, "a session ended");
             let code = match error.code() {
@@ -177,10 +185,15 @@ async fn farewell(
                 | ErrorCode::Lockdown => close_code::POLICY,
                 _ => close_code::ERROR,
             };
-            let told = Told::Error {
-                error: Box::new(Problem::from(&error)),
+            let told = if framing == Framing::Text {
+                reason = error.code().as_str().to_owned();
+                Message::text(format!("\r\n{}\r\n", error.message()))
+            } else {
+                text(&Told::Error {
+                    error: Box::new(Problem::from(&error)),
+                })
             };
-            if sink.send(text(&told)).await.is_err() {
+            if sink.send(told).await.is_err() {
                 return;
             }
             code
@@ -188,7 +201,7 @@ async fn farewell(
     };
     let frame = CloseFrame {
         code,
-        reason: Default::default(),
+        reason: reason.into(),
     };
     if sink.send(Message::Close(Some(frame))).await.is_ok() {
         // Until the client's own close frame: cutting at once could lose it what was said last.
@@ -219,15 +232,29 @@ async fn speak(
     pings.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     pings.reset();
     let mut silence = 0;
+    let mut shown = Characters::default();
     loop {
         let frames = tokio::select! {
             event = output.next() => match event {
+                Ok(ExecEvent::Started(_)) if framing == Framing::Text => continue,
+                Ok(ExecEvent::Stdout(data) | ExecEvent::Stderr(data))
+                    if framing == Framing::Text =>
+                {
+                    data.chunks(MOST_PIECE)
+                        .map(|piece| shown.push(piece))
+                        .filter(|text| !text.is_empty())
+                        .map(Message::text)
+                        .collect()
+                }
+                Ok(ExecEvent::Exited(exit)) if framing == Framing::Text => {
+                    return Ended::Exited(told_shortly(&exit));
+                }
                 Ok(ExecEvent::Started(pid)) => vec![text(&Told::Started { pid })],
                 Ok(ExecEvent::Stdout(data)) => framed(framing, 1, &data),
                 Ok(ExecEvent::Stderr(data)) => framed(framing, 2, &data),
                 Ok(ExecEvent::Exited(exit)) => {
                     return match send(sink, text(&Told::Exited(Exit::from(&exit)))).await {
-                        Ok(()) => Ended::Exited,
+                        Ok(()) => Ended::Exited(String::new()),
                         Err(ended) => ended,
                     };
                 }
@@ -281,6 +308,7 @@ fn framed(framing: Framing, stream: u8, data: &[u8]) -> Vec<Message> {
 async fn listen(
     source: &mut SplitStream<WebSocket>,
     input: &dyn ExecInput,
+    framing: Framing,
     client: &Client,
 ) -> Ended {
     loop {
@@ -293,6 +321,13 @@ async fn listen(
         client.busy.store(true, Ordering::Relaxed);
         let passed = match frame {
             Message::Binary(data) => input.write(data.into()).await,
+            Message::Text(text) if framing == Framing::Text => match Resize::read(text.as_str()) {
+                Some(Resize { rows, cols }) => {
+                    let columns = cols;
+                    pass(input, Control::Resize { rows, columns }).await
+                }
+                None => input.write(text.as_bytes().to_vec()).await,
+            },
             Message::Text(text) => match serde_json::from_str(text.as_str()) {
                 Ok(control) => pass(input, control).await,
                 Err(cause) => {
@@ -325,9 +360,95 @@ async fn pass(input: &dyn ExecInput, control: Control) -> Result<()> {
     }
 }
 
+/// What a terminal of text frames says of its size, among what is typed.
+#[derive(Debug, PartialEq, Eq, serde::Deserialize)]
+#[serde(tag = "type", rename = "resize")]
+struct Resize {
+    rows: u32,
+    cols: u32,
+}
+
+impl Resize {
+    /// `{"type":"resize","cols":80,"rows":24}`; all else was typed.
+    fn read(text: &str) -> Option<Self> {
+        if !text.starts_with('{') {
+            return None;
+        }
+        serde_json::from_str(text).ok()
+    }
+}
+
+/// Bytes as text, where a character may be cut by the end of a piece; what is no text becomes
+/// U+FFFD.
+#[derive(Debug, Default)]
+struct Characters {
+    begun: Vec<u8>,
+}
+
+impl Characters {
+    fn push(&mut self, piece: &[u8]) -> String {
+        self.begun.extend_from_slice(piece);
+        let mut text = String::new();
+        let mut whole = 0;
+        for chunk in self.begun.utf8_chunks() {
+            text.push_str(chunk.valid());
+            whole += chunk.valid().len();
+            let invalid = chunk.invalid();
+            if invalid.is_empty() {
+                continue;
+            }
+            let last = whole + invalid.len() == self.begun.len();
+            let cut = last
+                && std::str::from_utf8(invalid).is_err_and(|error| error.error_len().is_none());
+            if cut {
+                break;
+            }
+            text.push('\u{fffd}');
+            whole += invalid.len();
+        }
+        self.begun.drain(..whole);
+        text
+    }
+}
+
+/// How a program ended, in the few words that a closing frame holds.
+fn told_shortly(exit: &ExecExit) -> String {
+    match exit.signal {
+        Some(signal) => format!("signal {signal}"),
+        None => format!("exit code {}", exit.code),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn text_is_cut_between_characters_only() {
+        let mut shown = Characters::default();
+        let euro = "€".as_bytes();
+        assert_eq!(shown.push(&[b'a', euro[0]]), "a");
+        assert_eq!(shown.push(&euro[1..2]), "");
+        assert_eq!(shown.push(&[euro[2], b'b']), "€b");
+        assert_eq!(shown.push(&[0xff, b'c', euro[0]]), "\u{fffd}c");
+        // A beginning that does not go on is replaced once it is known.
+        assert_eq!(shown.push(b"d"), "\u{fffd}d");
+    }
+
+    #[test]
+    fn a_size_is_told_from_what_is_typed() {
+        let size = r#"{"type":"resize","cols":80,"rows":24}"#;
+        assert_eq!(Resize::read(size), Some(Resize { rows: 24, cols: 80 }));
+        for typed in [
+            "ls",
+            "{",
+            "{\"type\":\"input\"}",
+            r#"{"type":"resize","cols":80}"#,
+            r#" {"type":"resize","cols":80,"rows":24}"#,
+        ] {
+            assert_eq!(Resize::read(typed), None, "{typed}");
+        }
+    }
 
     #[test]
     fn only_pages_of_this_host_may_open_sessions() {

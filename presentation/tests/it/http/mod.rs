@@ -1,5 +1,6 @@
 //! HTTP through the router, and through real connections where the connection matters.
 
+mod batwa;
 mod guest;
 mod requests;
 mod roles;

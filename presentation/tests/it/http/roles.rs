@@ -3,7 +3,7 @@
 
 use ghost_domain::Principal;
 use ghost_presentation::Access;
-use ghost_presentation::http::routes::ROUTES;
+use ghost_presentation::http::routes::{BATWA_ROUTES, ROUTES};
 
 use super::*;
 use crate::world::unknown_key;
@@ -11,6 +11,7 @@ use crate::world::unknown_key;
 async fn status_of(shell: &Shell, method: &str, path: &str, key: Option<&str>) -> (u16, String) {
     let path = path
         .replace("{vm}", "web")
+        .replace("{vm_name}", "web")
         .replace("{name}", "tiny")
         .replace("{id}", "0");
     let mut request = Request::builder().method(method).uri(path);
@@ -49,7 +50,11 @@ fn refused(access: Access, role: Role, guests: bool) -> bool {
 
 #[tokio::test]
 async fn every_route_against_every_identity() {
-    let shell = Shell::new().await;
+    let shell = Shell::with(Options {
+        batwa: true,
+        ..Options::default()
+    })
+    .await;
     let world = &shell.world;
     let revoked = world.key(Role::Admin).await;
     let id = revoked.split('_').nth(1).unwrap();
@@ -97,12 +102,22 @@ async fn every_route_against_every_identity() {
         ),
     ];
     for (name, key, role, guests) in &callers {
-        for route in ROUTES {
+        for route in ROUTES.iter().chain(BATWA_ROUTES) {
+            // Clients of Batwa know 403 alone.
+            let nobody = if BATWA_ROUTES.contains(route) {
+                403
+            } else {
+                401
+            };
             let (status, code) = status_of(&shell, route.method, route.path, key.as_deref()).await;
             let what = format!("{name}: {} {}", route.method, route.path);
             match (route.access, role) {
                 (Access::Role(_) | Access::Guests, None) => {
-                    assert_eq!((status, code.as_str()), (401, "unauthenticated"), "{what}");
+                    assert_eq!(
+                        (status, code.as_str()),
+                        (nobody, "unauthenticated"),
+                        "{what}"
+                    );
                 }
                 (access, Some(role)) if refused(access, *role, *guests) => {
                     assert_eq!(

@@ -16,9 +16,9 @@ use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async};
 
 use super::*;
 
-type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
+pub(super) type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
 
-struct Served {
+pub(super) struct Served {
     shell: Shell,
     address: SocketAddr,
 }
@@ -29,9 +29,10 @@ impl Drop for Served {
     }
 }
 
-async fn served() -> Served {
+pub(super) async fn served() -> Served {
     let options = Options {
         recheck: Duration::from_millis(20),
+        batwa: true,
         ..Options::default()
     };
     let shell = Shell::of(World::running().await, options).await;
@@ -47,7 +48,11 @@ async fn served() -> Served {
 }
 
 impl Served {
-    async fn connect(&self, path: &str, headers: &[(&str, &str)]) -> Result<Socket, Error> {
+    pub(super) async fn connect(
+        &self,
+        path: &str,
+        headers: &[(&str, &str)],
+    ) -> Result<Socket, Error> {
         let mut request = format!("ws://{}{path}", self.address)
             .into_client_request()
             .unwrap();
@@ -71,7 +76,7 @@ impl Served {
 }
 
 /// The next frame that says something.
-async fn next(socket: &mut Socket) -> Message {
+pub(super) async fn next(socket: &mut Socket) -> Message {
     loop {
         let frame = tokio::time::timeout(Duration::from_secs(20), socket.next()).await;
         match frame.unwrap().unwrap().unwrap() {
@@ -93,7 +98,7 @@ async fn closed(socket: &mut Socket) -> CloseCode {
     }
 }
 
-fn status(error: Error) -> (u16, String) {
+pub(super) fn status(error: Error) -> (u16, String) {
     let Error::Http(response) = error else {
         panic!("{error:?}");
     };

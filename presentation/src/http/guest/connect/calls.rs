@@ -18,7 +18,7 @@ use super::super::super::Shell;
 use super::super::super::extract::Caller;
 use super::super::RequestName;
 use super::super::bodies::{MOST_OUTPUT, bounds};
-use super::super::exec::{Captured, collect};
+use super::super::exec::{Captured, collect, shutting_down};
 use super::error::{ConnectError, ConnectFailure};
 use super::wire::{Called, engine, number, within};
 use crate::convert;
@@ -207,7 +207,7 @@ pub(in crate::http) async fn execute_script(
     let call = async {
         let exec = &shell.use_cases.exec_in_guest;
         let session = exec.execute(&caller, &target, request).await?;
-        collect(&shell, session, None, most).await
+        collect(shutting_down(&shell), session, None, most).await
     };
     let done = within(called.deadline.map_or(own, |given| given.min(own)), call).await?;
     let exit = done.exit;
