@@ -341,6 +341,7 @@ fn spawn_servers(
         let options = http::Options {
             agent: agent.clone(),
             trace: Some(trace),
+            batwa: config.compat.batwa,
             ..http::Options::default()
         };
         let router = http::router(

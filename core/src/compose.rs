@@ -269,6 +269,7 @@ pub(crate) async fn front(
         replica,
         addresses,
         trace: Some(trace),
+        batwa: config.compat.batwa,
         limits: Limits {
             // The configuration has no zeroes here: it is checked.
             per_second: NonZeroU32::new(config.limits.requests_per_second)

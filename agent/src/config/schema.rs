@@ -47,6 +47,8 @@ config_sections! {
         core: section<Core> = Core::default(),
         /// See [`Piko`].
         piko: section<Piko> = Piko::default(),
+        /// See [`Compat`].
+        compat: section<Compat> = Compat::default(),
         /// See [`Guest`].
         guest: section<Guest> = Guest::default(),
         /// See [`Store`].
@@ -192,6 +194,12 @@ config_sections! {
         max_delay: key<Duration> = Duration::from_secs(60),
         /// Each is so many times the one before.
         multiplier: key<Ratio> = Ratio(200),
+    }
+
+    /// Interfaces of other systems.
+    Compat {
+        /// The routes of Batwa, each with its key.
+        batwa: key<bool> = false,
     }
 
     /// The agent inside guests.

@@ -62,6 +62,7 @@ fn the_sections_are_those_of_the_contract() {
             "metrics",
             "core",
             "piko",
+            "compat",
             "guest",
             "store",
             "logging",
@@ -90,6 +91,7 @@ fn the_sections_are_those_of_the_contract() {
         "piko.reconnect.initial_delay",
         "piko.reconnect.max_delay",
         "piko.reconnect.multiplier",
+        "compat.batwa",
     ] {
         assert!(keys.iter().any(|key| key == fixed), "{fixed}");
     }

@@ -1,6 +1,8 @@
 //! A host: a real gRPC server with services that do what the test asks for, at the end of links in
 //! memory that can be cut.
 
+mod guest;
+
 use std::collections::HashMap;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -13,7 +15,9 @@ use futures::{Stream, StreamExt};
 use ghost_core::application::links::{ByteStream, HostLinks};
 use ghost_domain::{Error, ErrorCode, HostId, Result};
 use ghost_presentation::grpc::status::to_status;
+use ghost_proto::agent::v1::guest_service_server::GuestServiceServer;
 use ghost_proto::agent::v1::image_service_server::{ImageService, ImageServiceServer};
+use ghost_proto::agent::v1::operation_service_server::OperationServiceServer;
 use ghost_proto::agent::v1::vm_service_server::{VmService, VmServiceServer};
 use ghost_proto::agent::v1::*;
 use parking_lot::Mutex;
@@ -41,6 +45,8 @@ pub(crate) struct Seen {
     pub(crate) created: Mutex<Vec<CreateVmRequest>>,
     /// And by HTTP.
     pub(crate) made_by_http: AtomicUsize,
+    /// Sizes that terminals got.
+    pub(crate) sizes: Mutex<Vec<String>>,
 }
 
 /// Counts a call for as long as it runs.
@@ -161,7 +167,9 @@ impl FakeAgent {
                 .initial_stream_window_size(256 * 1024)
                 .initial_connection_window_size(16 * 1024 * 1024)
                 .add_service(VmServiceServer::new(service.clone()))
-                .add_service(ImageServiceServer::new(service))
+                .add_service(ImageServiceServer::new(service.clone()))
+                .add_service(OperationServiceServer::new(service.clone()))
+                .add_service(GuestServiceServer::new(service))
                 .serve_with_incoming(incoming)
                 .await
                 .unwrap();
@@ -400,8 +408,8 @@ impl VmService for Fake {
     }
 
     async fn start(&self, request: Request<StartVmRequest>) -> Answer<Operation> {
-        self.note("start", request);
-        Ok(Response::new(operation("started")))
+        let vm = self.note("start", request).vm;
+        Ok(Response::new(operation(&format!("started {vm}"))))
     }
 
     async fn stop(&self, request: Request<StopVmRequest>) -> Answer<Operation> {

@@ -18,14 +18,14 @@ use tower::ServiceExt;
 
 use crate::world::World;
 
-async fn send(world: &World, request: Request<Body>) -> Response<Body> {
+pub(crate) async fn send(world: &World, request: Request<Body>) -> Response<Body> {
     http::router(Arc::clone(&world.front))
         .oneshot(request)
         .await
         .unwrap()
 }
 
-fn build(method: &str, path: &str, key: &str, body: Option<Value>) -> Request<Body> {
+pub(crate) fn build(method: &str, path: &str, key: &str, body: Option<Value>) -> Request<Body> {
     let mut request = Request::builder().method(method).uri(path);
     if !key.is_empty() {
         request = request.header("x-api-key", key);
@@ -39,7 +39,7 @@ fn build(method: &str, path: &str, key: &str, body: Option<Value>) -> Request<Bo
     }
 }
 
-async fn call(
+pub(crate) async fn call(
     world: &World,
     method: &str,
     path: &str,
@@ -51,7 +51,7 @@ async fn call(
     (status, value(response).await)
 }
 
-async fn value(response: Response<Body>) -> Value {
+pub(crate) async fn value(response: Response<Body>) -> Value {
     let bytes = axum::body::to_bytes(response.into_body(), 1 << 24)
         .await
         .unwrap();

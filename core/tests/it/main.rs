@@ -8,6 +8,7 @@
 )]
 
 mod agent;
+mod batwa;
 mod direct;
 mod front;
 mod http;

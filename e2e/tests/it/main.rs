@@ -12,6 +12,7 @@
 mod agent_life;
 mod auditing;
 mod bad_input;
+mod batwa;
 mod collector;
 mod crash_points;
 mod crash_random;

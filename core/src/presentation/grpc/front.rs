@@ -73,6 +73,8 @@ pub struct FrontOptions {
     pub most_calls: usize,
     /// How often the identity behind a stream is looked at again: how late a revocation counts.
     pub recheck: Duration,
+    /// Whether HTTP serves the routes of Batwa too.
+    pub batwa: bool,
 }
 
 impl Default for FrontOptions {
@@ -86,6 +88,7 @@ impl Default for FrontOptions {
             timeout: Duration::from_secs(30),
             most_calls: 1024,
             recheck: Duration::from_secs(15),
+            batwa: false,
         }
     }
 }
@@ -634,6 +637,37 @@ impl Front {
                 Err(error)
             }
         }
+    }
+}
+
+impl Front {
+    /// The guard before a request that is answered by calls of its own: who asks, and whether that
+    /// role may. The calls are checked, limited and written down each by itself; what is refused
+    /// here already is written down here.
+    pub(in crate::presentation) async fn look(&self, door: Door<'_>) -> Result<Caller> {
+        let mut context = Context {
+            admitted: None,
+            audit: None,
+            note: Note::default(),
+            id: door.request_id.to_owned(),
+            action: door.action,
+        };
+        let nobody = Peer {
+            address: None,
+            kind: PeerKind::Nobody,
+        };
+        let admitted = self.admit(&nobody, door.headers, &mut context).await?;
+        let Err(error) = check_role(&admitted.caller, door.access, door.reach) else {
+            return Ok(admitted.caller);
+        };
+        if !matches!(door.access, Access::Anyone | Access::Role(Role::Viewer)) {
+            self.written(Some(&admitted.caller), Shape::Unary, &mut context)
+                .await?;
+            if let Some(audit) = context.audit {
+                audit.end(error.code().as_str()).await;
+            }
+        }
+        Err(error)
     }
 }
 

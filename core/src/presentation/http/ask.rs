@@ -7,12 +7,14 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use ghost_domain::{Error, ErrorCode, OperationId, Result};
 use ghost_presentation::http::problem::Failure;
 use ghost_presentation::request::REQUEST_ID;
+use ghost_proto::core::metadata;
 use http_body::Body as _;
 use prost::Message;
 use tonic::body::Body;
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
+use super::super::grpc::Front;
 use super::Shell;
 use crate::presentation::peer::{Peer, PeerKind};
 
@@ -32,13 +34,8 @@ pub(super) fn by_headers() -> Peer {
     }
 }
 
-/// All messages of a call's answer.
-async fn messages<Q: Message>(
-    shell: &Arc<Shell>,
-    headers: &HeaderMap,
-    method: &str,
-    question: &Q,
-) -> Result<Bytes> {
+/// A message as gRPC frames it.
+pub(super) fn framed<Q: Message>(question: &Q) -> Result<Bytes> {
     let body = question.encode_to_vec();
     let mut framed = BytesMut::with_capacity(body.len() + 5);
     framed.put_u8(0);
@@ -47,7 +44,90 @@ async fn messages<Q: Message>(
             .map_err(|_| Error::new(ErrorCode::PayloadTooLarge, "the request is too large"))?,
     );
     framed.put_slice(&body);
-    let mut request = Request::new(Body::new(axum::body::Body::from(framed.freeze())));
+    Ok(framed.freeze())
+}
+
+/// The answer of a call, message by message. Dropping it hangs up.
+pub(super) struct Answers {
+    /// What stood before the messages.
+    pub(super) headers: HeaderMap,
+    body: Body,
+    read: BytesMut,
+    told: bool,
+    ended: bool,
+}
+
+impl Answers {
+    /// The next message; `None` after the last one. May be given up and called again.
+    pub(super) async fn next<A: Message + Default>(&mut self) -> Result<Option<A>> {
+        loop {
+            if let Some(message) = self.whole()? {
+                return Ok(Some(message));
+            }
+            if self.ended {
+                return match (self.read.is_empty(), self.told) {
+                    (false, _) => Err(Error::internal("an answer is cut off")),
+                    (true, false) => Err(Error::internal("a call ended without a status")),
+                    (true, true) => Ok(None),
+                };
+            }
+            let body = &mut self.body;
+            let frame =
+                std::future::poll_fn(|context| std::pin::Pin::new(&mut *body).poll_frame(context));
+            match frame.await {
+                None => self.ended = true,
+                Some(Err(status)) => return Err(error_of(&status)),
+                Some(Ok(frame)) => match frame.into_data() {
+                    Ok(data) => self.read.put(data),
+                    Err(frame) => {
+                        let trailers = frame.into_trailers().unwrap_or_default();
+                        self.settle(&trailers)?;
+                    }
+                },
+            }
+        }
+    }
+
+    fn whole<A: Message + Default>(&mut self) -> Result<Option<A>> {
+        let Some(length) = self
+            .read
+            .get(1..5)
+            .map(|mut length| length.get_u32() as usize)
+        else {
+            return Ok(None);
+        };
+        if self.read.len() < 5 + length {
+            return Ok(None);
+        }
+        self.read.advance(5);
+        A::decode(self.read.split_to(length))
+            .map(Some)
+            .map_err(|cause| Error::internal("an answer cannot be read").because(cause))
+    }
+
+    /// Takes the call's status, where it stands here.
+    fn settle(&mut self, headers: &HeaderMap) -> Result<()> {
+        match Status::from_header_map(headers) {
+            Some(status) if status.code() != Code::Ok => Err(error_of(&status)),
+            Some(_) => {
+                self.told = true;
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// Makes a call, to a host where one is named, for whoever `headers` show; `body` are its framed
+/// messages. A refusal is an error of this function.
+pub(super) async fn call(
+    front: &Arc<Front>,
+    headers: &HeaderMap,
+    host: Option<&str>,
+    method: &str,
+    body: axum::body::Body,
+) -> Result<Answers> {
+    let mut request = Request::new(Body::new(body));
     *request.method_mut() = axum::http::Method::POST;
     *request.uri_mut() = method
         .parse()
@@ -63,45 +143,23 @@ async fn messages<Q: Message>(
             own.insert(name, value.clone());
         }
     }
-    let response = shell.front.call(&by_headers(), request).await;
-    let (parts, mut body) = response.into_parts();
-    let mut bytes = BytesMut::new();
-    let mut trailers = None;
-    loop {
-        let frame =
-            std::future::poll_fn(|context| std::pin::Pin::new(&mut body).poll_frame(context));
-        match frame.await {
-            None => break,
-            Some(Err(status)) => return Err(error_of(&status)),
-            Some(Ok(frame)) => match frame.into_data() {
-                Ok(data) => bytes.put(data),
-                Err(frame) => trailers = frame.into_trailers().ok(),
-            },
-        }
+    if let Some(host) = host {
+        let name = HeaderValue::from_str(host)
+            .map_err(|_| Error::new(ErrorCode::HostNotFound, "no host has a name like that"))?;
+        own.insert(metadata::HOST, name);
     }
-    let status = trailers
-        .as_ref()
-        .and_then(Status::from_header_map)
-        .or_else(|| Status::from_header_map(&parts.headers));
-    match status {
-        Some(status) if status.code() == Code::Ok => Ok(bytes.freeze()),
-        Some(status) => Err(error_of(&status)),
-        None => Err(Error::internal("a call ended without a status")),
-    }
-}
-
-fn next<A: Message + Default>(bytes: &mut Bytes) -> Result<Option<A>> {
-    if bytes.remaining() < 5 {
-        return Ok(None);
-    }
-    bytes.advance(1);
-    let length = bytes.get_u32() as usize;
-    if bytes.remaining() < length {
-        return Err(Error::internal("an answer is cut off"));
-    }
-    A::decode(bytes.split_to(length))
-        .map(Some)
-        .map_err(|cause| Error::internal("an answer cannot be read").because(cause))
+    let response = front.call(&by_headers(), request).await;
+    let (parts, body) = response.into_parts();
+    let mut answers = Answers {
+        headers: HeaderMap::new(),
+        body,
+        read: BytesMut::new(),
+        told: false,
+        ended: false,
+    };
+    answers.settle(&parts.headers)?;
+    answers.headers = parts.headers;
+    Ok(answers)
 }
 
 /// Makes a call with one answer.
@@ -111,8 +169,27 @@ pub(super) async fn ask<Q: Message, A: Message + Default>(
     method: &str,
     question: &Q,
 ) -> Result<A, Failure> {
-    let mut bytes = messages(shell, headers, method, question).await?;
-    next(&mut bytes)?.ok_or_else(|| Failure(Error::internal("a call had no answer")))
+    let answer = ask_at(&shell.front, headers, None, method, question).await;
+    Ok(answer?.0)
+}
+
+/// Makes a call with one answer, to a host where one is named. With what stood before the answer.
+pub(super) async fn ask_at<Q: Message, A: Message + Default>(
+    front: &Arc<Front>,
+    headers: &HeaderMap,
+    host: Option<&str>,
+    method: &str,
+    question: &Q,
+) -> Result<(A, HeaderMap)> {
+    let body = framed(question)?.into();
+    let mut answers = call(front, headers, host, method, body).await?;
+    let answer = answers
+        .next()
+        .await?
+        .ok_or_else(|| Error::internal("a call had no answer"))?;
+    // To its status: an answer that fails behind its message has failed.
+    while answers.next::<A>().await?.is_some() {}
+    Ok((answer, answers.headers))
 }
 
 /// Makes a call with any number of answers.
@@ -122,9 +199,10 @@ pub(super) async fn ask_all<Q: Message, A: Message + Default>(
     method: &str,
     question: &Q,
 ) -> Result<Vec<A>, Failure> {
-    let mut bytes = messages(shell, headers, method, question).await?;
+    let body = framed(question)?.into();
+    let mut answers = call(&shell.front, headers, None, method, body).await?;
     let mut all = Vec::new();
-    while let Some(one) = next(&mut bytes)? {
+    while let Some(one) = answers.next().await? {
         all.push(one);
     }
     Ok(all)

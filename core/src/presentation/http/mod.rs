@@ -5,9 +5,11 @@
 //!   writes too. There is no second place that decides who may do what.
 //! - `/v1/hosts/{host}/…` is the agent's own API, carried through the link as it is, WebSockets and
 //!   events included ([`through`]).
+//! - Where the configuration says so, the routes of Batwa over all hosts ([`batwa`]).
 //! - Errors are problem documents (RFC 9457). All but the health routes need a key.
 
 mod ask;
+mod batwa;
 mod bodies;
 mod fleet;
 mod health;
@@ -22,6 +24,7 @@ use axum::middleware::Next;
 use axum::response::Response;
 use axum::routing::any;
 use ghost_domain::{Error, ErrorCode};
+use ghost_presentation::http::compat;
 use ghost_presentation::http::problem::Failure;
 use ghost_presentation::request::{REQUEST_ID, request_id};
 use utoipa::OpenApi;
@@ -46,11 +49,22 @@ struct CalledAs(String);
 
 /// The router with all routes, before the same guard as gRPC.
 pub fn router(front: Arc<Front>) -> Router {
-    let (router, document) = described().split_for_parts();
+    let (router, mut document) = described().split_for_parts();
+    let batwa = front
+        .options
+        .batwa
+        .then(|| batwa::Fleet(Arc::clone(&front)));
+    if batwa.is_some() {
+        document.merge(compat::openapi());
+    }
     let shell = Arc::new(Shell {
         front,
         document: document.to_json().unwrap_or_default(),
     });
+    let router = match batwa {
+        Some(batwa) => router.merge(compat::router(Arc::new(batwa))),
+        None => router,
+    };
     router
         .route("/v1/hosts/{host}/{*rest}", any(through::onward))
         .fallback(nothing)

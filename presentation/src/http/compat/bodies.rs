@@ -20,6 +20,7 @@ const USUAL_TIME: f64 = 30.0;
 /// An agent that says it is there. None of it is kept.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(as = BatwaRegister)]
 pub(super) struct RegisterBody {
     /// The name or id under which the host joined the fleet.
     pub(super) agent_id: String,
@@ -45,6 +46,7 @@ pub(super) struct RegisterBody {
 
 /// That a host is known.
 #[derive(Clone, Debug, Serialize, ToSchema)]
+#[schema(as = BatwaRegistered)]
 pub(super) struct Registered {
     /// True.
     pub(super) success: bool,
@@ -85,6 +87,7 @@ pub struct BatwaAgent {
 
 /// All hosts.
 #[derive(Clone, Debug, Serialize, ToSchema)]
+#[schema(as = BatwaAgents)]
 pub(super) struct AgentList {
     pub(super) agents: Vec<BatwaAgent>,
 }
@@ -168,6 +171,7 @@ impl BatwaVm {
 
 /// All VMs.
 #[derive(Clone, Debug, Serialize, ToSchema)]
+#[schema(as = BatwaVms)]
 pub(super) struct VmList {
     pub(super) vms: Vec<BatwaVm>,
 }
@@ -184,6 +188,7 @@ pub(super) struct AgentQuery {
 /// A number of bytes, or a size such as `2G`, which is binary as Multipass means it.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
 #[serde(untagged)]
+#[schema(as = BatwaSize)]
 pub(super) enum Size {
     /// Bytes.
     Number(u64),
@@ -207,6 +212,7 @@ impl Size {
 /// The VM that is wanted. It is started once it is made.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(as = BatwaCreate)]
 pub(super) struct CreateBody {
     /// Left out: a name is made up.
     #[serde(default, alias = "name")]
@@ -242,6 +248,7 @@ impl CreateBody {
 /// Which VM.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(as = BatwaStart)]
 pub(super) struct StartBody {
     /// Its name.
     #[serde(alias = "name")]
@@ -253,6 +260,7 @@ pub(super) struct StartBody {
 /// Which VM, and how.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(as = BatwaStop)]
 pub(super) struct StopBody {
     /// Its name.
     #[serde(alias = "name")]
@@ -277,6 +285,7 @@ impl StopBody {
 /// Which VM, and how.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(as = BatwaDelete)]
 pub(super) struct DeleteBody {
     /// Its name.
     #[serde(alias = "name")]
@@ -290,6 +299,7 @@ pub(super) struct DeleteBody {
 
 /// What was begun, and how far it came within ten seconds.
 #[derive(Clone, Debug, Serialize, ToSchema)]
+#[schema(as = BatwaChanged)]
 pub(super) struct Changed {
     /// True: it is done, or goes on.
     pub(super) success: bool,
@@ -345,6 +355,7 @@ impl Changed {
 /// A program with its arguments, or a line for the guest's `/bin/sh`.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
 #[serde(untagged)]
+#[schema(as = BatwaCommand)]
 pub(super) enum Command {
     /// A program with its arguments.
     List(Vec<String>),
@@ -355,6 +366,7 @@ pub(super) enum Command {
 /// What to run in which VM.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(as = BatwaExecute)]
 pub(super) struct ExecuteBody {
     /// The VM. Left out, `command` is Multipass's `["exec", VM, "--", PROGRAM, ...]`.
     #[serde(default, alias = "name")]
@@ -437,6 +449,7 @@ fn of_multipass(arguments: Vec<String>) -> Result<(String, Vec<String>)> {
 
 /// What a program did.
 #[derive(Clone, Debug, Serialize, ToSchema)]
+#[schema(as = BatwaExecuted)]
 pub(super) struct Executed {
     /// It ended by itself with 0.
     pub(super) success: bool,

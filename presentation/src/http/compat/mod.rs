@@ -109,8 +109,9 @@ pub struct Begun {
 /// What the routes act on. Every method checks the asker's rights as the native routes do.
 #[async_trait]
 pub trait Backend: Send + Sync + 'static {
-    /// Lets a request in before its body is read, or refuses it by what `route` declares.
-    async fn admit(&self, asker: &Asker, route: &'static Route) -> Result<()>;
+    /// Lets a request in before its body is read, or refuses it by what `route` declares. What it
+    /// puts into the asker's extensions the other methods find there.
+    async fn admit(&self, asker: &mut Asker, route: &'static Route) -> Result<()>;
     /// The hosts that the asker sees.
     async fn agents(&self, asker: &Asker) -> Result<Vec<BatwaAgent>>;
     /// The host of exactly this name or id.
@@ -207,19 +208,22 @@ pub fn router<S: Clone + Send + Sync + 'static>(backend: Arc<dyn Backend>) -> Ro
         .with_state(backend)
 }
 
-async fn door(State(batwa): State<Batwa>, request: Request, next: Next) -> Response {
+async fn door(State(batwa): State<Batwa>, mut request: Request, next: Next) -> Response {
     let route = request
         .extensions()
         .get::<MatchedPath>()
         .and_then(|path| batwa_route(request.method(), path.as_str()));
-    let asker = Asker::of(request.headers(), request.extensions());
+    let mut asker = Asker::of(request.headers(), request.extensions());
     let admitted = match route {
-        Some(route) => batwa.admit(&asker, route).await,
+        Some(route) => batwa.admit(&mut asker, route).await,
         // The router answers 405 by itself.
         None => Ok(()),
     };
     match admitted {
-        Ok(()) => next.run(request).await,
+        Ok(()) => {
+            *request.extensions_mut() = asker.extensions;
+            next.run(request).await
+        }
         Err(error) => BatwaFailure(error).into_response(),
     }
 }
@@ -245,6 +249,21 @@ mod tests {
     use super::*;
     use crate::access::Access;
     use crate::http::routes::{BATWA_ROUTES, ROUTES};
+
+    #[test]
+    fn no_body_takes_the_name_of_one_of_ours() {
+        let names = |document: utoipa::openapi::OpenApi| {
+            let components = document.components.unwrap_or_default();
+            components.schemas.into_keys().collect::<BTreeSet<_>>()
+        };
+        let native = names(crate::http::openapi(&Default::default()));
+        let own: Vec<_> = names(openapi())
+            .into_iter()
+            .filter(|name| !name.starts_with("Batwa"))
+            .collect();
+        assert_eq!(own, ["FieldViolation", "Problem"]);
+        assert!(native.iter().all(|name| !name.starts_with("Batwa")));
+    }
 
     #[test]
     fn every_route_declares_its_role_and_needs_a_key() {

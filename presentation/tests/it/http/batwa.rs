@@ -12,7 +12,7 @@ use super::*;
 
 fn named(name: &str) -> Options {
     Options {
-        agent: ghost_presentation::AgentInfo {
+        agent: ghost_presentation::convert::AgentInfo {
             name: name.into(),
             version: "1.2.3".into(),
         },
@@ -118,17 +118,25 @@ async fn vms_are_made_started_stopped_and_deleted() {
         json!({"name": "db", "image": "tiny", "cpus": 1, "memory": "256M", "disk": "1G"}),
     )
     .await;
-    assert!(made.status.is_success(), "{:?}", made.json());
-    let made = made.json();
+    // An operation that fails while it is waited for is told as what it failed of.
     assert_eq!(
-        (&made["success"], &made["vm_name"], &made["hostname"]),
-        (&json!(true), &json!("db"), &json!("pc"))
+        (made.status, made.code()),
+        (StatusCode::NOT_FOUND, "image_not_found".into())
     );
+    let made = made.json();
     let id = made["operation_id"].as_str().unwrap();
     let operation = shell
         .ask("GET", &format!("/v1/operations/{id}"), &[], "")
         .await;
-    assert_eq!(operation.json()["kind"], "create_vm");
+    let operation = operation.json();
+    assert_eq!(
+        (
+            &operation["kind"],
+            &operation["subject"],
+            &operation["status"]
+        ),
+        (&json!("create_vm"), &json!("db"), &json!("failed"))
+    );
 
     // What is done within ten seconds is told as done.
     let stopped = post("/api/vm/stop", json!({"vm_name": "web", "force": true})).await;

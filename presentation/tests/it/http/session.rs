@@ -19,7 +19,7 @@ use super::*;
 pub(super) type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
 
 pub(super) struct Served {
-    shell: Shell,
+    pub(super) shell: Shell,
     address: SocketAddr,
 }
 
