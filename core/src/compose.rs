@@ -7,6 +7,7 @@ use std::sync::Arc;
 use ghost_core::application::callers::{BearerVerifier, Callers};
 use ghost_core::application::desk::Desk;
 use ghost_core::application::direct::Directs;
+use ghost_core::application::events::Chronicle;
 use ghost_core::application::fleet::Fleet;
 use ghost_core::application::quota_check::Admission;
 use ghost_core::domain::DirectPolicy;
@@ -263,6 +264,7 @@ pub(crate) async fn front(
         recorder: Arc::clone(recorder),
         desk: Arc::clone(desk),
         authority: Arc::clone(authority) as _,
+        events: Chronicle::start(fleet),
     };
     let options = FrontOptions {
         version: env!("CARGO_PKG_VERSION").to_owned(),

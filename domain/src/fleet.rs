@@ -264,6 +264,20 @@ impl CommandAction {
             Self::UpdateVm { .. } => "update_vm",
         }
     }
+
+    /// The VM that it is about, as it was named; empty where one is made and its name made up.
+    pub fn subject(&self) -> &str {
+        match self {
+            Self::CreateVm(create) => &create.name,
+            Self::StartVm { vm }
+            | Self::StopVm { vm, .. }
+            | Self::RestartVm { vm, .. }
+            | Self::PauseVm { vm }
+            | Self::ResumeVm { vm }
+            | Self::DeleteVm { vm, .. }
+            | Self::UpdateVm { vm, .. } => vm,
+        }
+    }
 }
 
 /// The parts of a VM that Core may ask for. No path, address or markup is among them but the guest's

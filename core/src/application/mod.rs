@@ -6,6 +6,7 @@ pub mod callers;
 pub mod desk;
 pub mod direct;
 pub mod enrolment;
+pub mod events;
 pub mod fleet;
 pub mod health;
 pub mod hosts;

@@ -6,6 +6,7 @@
 mod caller;
 mod command;
 mod direct;
+mod event;
 mod host;
 mod identity;
 mod inventory;
@@ -18,6 +19,7 @@ mod tenant;
 pub use caller::{Caller, CallerSource};
 pub use command::QueuedCommand;
 pub use direct::{AddressRange, DirectPolicy};
+pub use event::{FleetEvent, FleetEventKind};
 pub use host::{
     CertificateUse, HostLife, HostRecord, HostState, Labels, LinkTruth, MISSED_HEARTBEATS,
     Ownership, check_label, shown_state,

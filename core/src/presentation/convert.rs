@@ -6,17 +6,22 @@ use ghost_domain::fleet::{
     CommandAction, CommandStatus, CreateVmCommand, FleetFacts, FleetPrincipal, VmSummary,
 };
 use ghost_domain::{ByteSize, Demand, Error, ErrorCode, Result, TenantName, Timestamp, VmName};
-use ghost_presentation::convert::{desired_state, duration, length_of, timestamp, vm_state};
+use ghost_presentation::convert::{
+    desired_state, duration, length_of, severity, timestamp, vm_state,
+};
 use ghost_proto::agent::v1 as agent;
 use ghost_proto::core::v1 as message;
 
 use crate::application::accounts::{CreatedToken, TenantView, UserView};
 use crate::application::audit::FleetAuditEntry;
 use crate::application::desk::LinkInfo;
+use crate::application::events::SeenEvent;
 use crate::application::fleet::HostView;
 use crate::application::placement::Placed;
 use crate::application::vms::ListedHost;
-use crate::domain::{Caller, FleetKey, Inventory, QueuedCommand, Quota, Usage, User, UserSource};
+use crate::domain::{
+    Caller, FleetEventKind, FleetKey, Inventory, QueuedCommand, Quota, Usage, User, UserSource,
+};
 
 /// A tenant that a caller named; empty: none.
 pub(super) fn tenant(text: &str) -> Result<Option<TenantName>> {
@@ -225,17 +230,26 @@ const fn status(status: CommandStatus) -> message::CommandStatus {
     }
 }
 
-/// The VM that an action is about, as it was asked for.
-pub(super) fn subject(action: &CommandAction) -> &str {
-    match action {
-        CommandAction::CreateVm(create) => &create.name,
-        CommandAction::StartVm { vm }
-        | CommandAction::StopVm { vm, .. }
-        | CommandAction::RestartVm { vm, .. }
-        | CommandAction::PauseVm { vm }
-        | CommandAction::ResumeVm { vm }
-        | CommandAction::DeleteVm { vm, .. }
-        | CommandAction::UpdateVm { vm, .. } => vm,
+/// An event as a watcher sees it, who missed so many before it.
+pub(super) fn event(seen: &SeenEvent, missed: u64) -> agent::Event {
+    let event = &seen.event;
+    let operation = match &event.kind {
+        FleetEventKind::Command { operation, .. } => *operation,
+        _ => None,
+    };
+    agent::Event {
+        sequence: seen.sequence,
+        at: Some(timestamp(event.at)),
+        kind: event.kind.name().to_owned(),
+        severity: severity(event.kind.severity()).to_owned(),
+        vm: event.kind.vm().map(|vm| vm.to_string()).unwrap_or_default(),
+        subject: event.kind.vm_name().unwrap_or(&event.host_name).to_owned(),
+        message: event.kind.message(),
+        operation_id: operation.map(|id| id.to_string()).unwrap_or_default(),
+        host: event.host_name.clone(),
+        host_id: event.host.to_string(),
+        tenant: event.tenant.to_string(),
+        missed,
     }
 }
 
@@ -248,7 +262,7 @@ pub(super) fn command(command: &QueuedCommand, host: String) -> message::QueuedC
         host_id: command.host.to_string(),
         tenant: command.tenant.to_string(),
         kind: command.action.kind().to_owned(),
-        subject: subject(&command.action).to_owned(),
+        subject: command.action.subject().to_owned(),
         status: status(command.status).into(),
         generation: command.generation,
         request_id: command.request_id.as_str().to_owned(),
@@ -338,7 +352,7 @@ pub(super) fn action(
             }
         }
     };
-    if subject(&action).is_empty() && !matches!(action, CommandAction::CreateVm(_)) {
+    if action.subject().is_empty() && !matches!(action, CommandAction::CreateVm(_)) {
         return Err(Error::new(ErrorCode::InvalidArgument, "no VM was named")
             .field("vm", "a name, an id or a unique prefix of one"));
     }

@@ -10,6 +10,7 @@
 mod agent;
 mod batwa;
 mod direct;
+mod events;
 mod front;
 mod http;
 mod links;

@@ -9,6 +9,7 @@ use axum::http::{HeaderMap, Request, Response};
 use bytes::{BufMut, Bytes, BytesMut};
 use ghost_core::application::callers::Callers;
 use ghost_core::application::desk::{Desk, DeskOptions};
+use ghost_core::application::events::Chronicle;
 use ghost_core::application::fleet::Fleet;
 use ghost_core::application::quota_check::Admission;
 use ghost_core::domain::ports::FleetAuthority;
@@ -166,6 +167,7 @@ impl World {
                 recorder: Recorder::new(),
                 desk,
                 authority: Arc::new(Seal),
+                events: Chronicle::start(&fleet),
             },
             options,
             stop.clone(),

@@ -164,6 +164,15 @@ pub fn network(view: &NetworkView) -> message::Network {
     }
 }
 
+/// How much an event matters, in a word.
+pub const fn severity(severity: Severity) -> &'static str {
+    match severity {
+        Severity::Info => "info",
+        Severity::Warning => "warning",
+        Severity::Error => "error",
+    }
+}
+
 /// An event as a message.
 pub fn event(event: &Event) -> message::Event {
     let operation = match &event.kind {
@@ -174,15 +183,12 @@ pub fn event(event: &Event) -> message::Event {
         sequence: event.sequence,
         at: Some(timestamp(event.at)),
         kind: event.kind.name().to_owned(),
-        severity: match event.kind.severity() {
-            Severity::Info => "info",
-            Severity::Warning => "warning",
-            Severity::Error => "error",
-        }
-        .to_owned(),
+        severity: severity(event.kind.severity()).to_owned(),
         vm: event.vm.map(|vm| vm.to_string()).unwrap_or_default(),
         subject: event.subject.clone(),
         message: event.kind.describe(),
         operation_id: operation,
+        // For Core to say.
+        ..message::Event::default()
     }
 }

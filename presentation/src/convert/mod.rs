@@ -18,7 +18,7 @@ pub use guest::{
     guest_history, guest_ping, guest_status, guest_telemetry, guest_update, lockdown, mode,
     optional_length, signal, stamp, terminal_kind, terminal_size,
 };
-pub use host::{AgentInfo, core_link, event, network, status};
+pub use host::{AgentInfo, core_link, event, network, severity, status};
 pub use image::{catalogue_entry, image};
 pub use operation::operation;
 pub use vm::{create_vm, desired_state, stop, update_vm, vm, vm_state};

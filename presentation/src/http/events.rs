@@ -6,10 +6,11 @@ use std::time::Duration;
 
 use axum::extract::State;
 use axum::http::HeaderMap;
-use axum::response::IntoResponse;
 use axum::response::sse::{Event, KeepAlive, Sse};
-use futures::{StreamExt, stream};
+use axum::response::{IntoResponse, Response};
+use futures::{Stream, StreamExt, stream};
 use ghost_application::event::WatchEventsCommand;
+use ghost_proto::agent::v1 as message;
 use ghost_proto::view;
 
 use super::bodies::EventsQuery;
@@ -43,7 +44,6 @@ pub(super) async fn watch(
         .execute(&caller, &command)
         .await?;
     let follow = query.follow;
-    let run = shell.run.clone();
     let source = stream::unfold(events, move |mut events| async move {
         loop {
             let event = if follow {
@@ -57,22 +57,27 @@ pub(super) async fn watch(
         }
     });
     let source = source
-        .map(move |event| {
-            let message = convert::event(&event);
-            let line = Event::default()
-                .id(format!("{run}-{}", event.sequence))
-                .event(event.kind.name());
-            // Text and numbers only: there is nothing that JSON could refuse.
-            let data = serde_json::to_string(&view::Event::from(message)).unwrap_or_default();
-            Ok::<_, Infallible>(line.data(data))
-        })
+        .map(|event| convert::event(&event))
         .take_until(shell.shutdown.clone().cancelled_owned());
+    Ok(told(shell.run.clone(), source))
+}
+
+/// Events as an answer that goes on; `run` tells their numbers from those of another run.
+pub fn told(run: String, events: impl Stream<Item = message::Event> + Send + 'static) -> Response {
+    let lines = events.map(move |event| {
+        let line = Event::default()
+            .id(format!("{run}-{}", event.sequence))
+            .event(event.kind.clone());
+        // Text and numbers only: there is nothing that JSON could refuse.
+        let data = serde_json::to_string(&view::Event::from(event)).unwrap_or_default();
+        Ok::<_, Infallible>(line.data(data))
+    });
     let alive = KeepAlive::new().interval(Duration::from_secs(15));
-    Ok(Sse::new(source).keep_alive(alive).into_response())
+    Sse::new(lines).keep_alive(alive).into_response()
 }
 
 /// The last sequence that the client saw of this run; 0 for another run's, so that it gets all.
-fn last_seen(headers: &HeaderMap, run: &str) -> u64 {
+pub fn last_seen(headers: &HeaderMap, run: &str) -> u64 {
     headers
         .get("last-event-id")
         .and_then(|value| value.to_str().ok())

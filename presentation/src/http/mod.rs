@@ -5,7 +5,7 @@
 
 mod bodies;
 pub mod compat;
-mod events;
+pub mod events;
 pub mod extract;
 mod guard;
 mod guest;

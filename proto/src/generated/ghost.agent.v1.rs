@@ -4258,6 +4258,9 @@ pub struct WatchEventsRequest {
     /// Go on with what comes; without it the stream ends after the replay.
     #[prost(bool, tag = "3")]
     pub follow: bool,
+    /// With `replay` only those after this `sequence`, of the same run.
+    #[prost(uint64, tag = "4")]
+    pub after: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Event {
@@ -4286,6 +4289,20 @@ pub struct Event {
     pub message: ::prost::alloc::string::String,
     #[prost(string, tag = "8")]
     pub operation_id: ::prost::alloc::string::String,
+    /// Told by Core alone, where no host is named: the host, its id and its tenant. The kinds are then
+    /// host_joined, host_online, host_degraded, host_offline, host_locked, host_removed, host_cordoned,
+    /// host_uncordoned, host_renamed, command_queued, command_done, command_failed, command_refused,
+    /// command_expired, command_cancelled, vm_added, vm_removed, vm_state.
+    #[prost(string, tag = "9")]
+    pub host: ::prost::alloc::string::String,
+    #[prost(string, tag = "10")]
+    pub host_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "11")]
+    pub tenant: ::prost::alloc::string::String,
+    /// So many events before this one were not kept long enough for this watcher. Core tells it; at an
+    /// agent the gap in `sequence` does.
+    #[prost(uint64, tag = "12")]
+    pub missed: u64,
 }
 /// Generated client implementations.
 pub mod host_service_client {

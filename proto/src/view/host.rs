@@ -383,6 +383,15 @@ pub struct Event {
     /// The operation that it belongs to.
     #[schema(format = Uuid)]
     pub operation_id: Option<String>,
+    /// The name of the host, where Core tells of all of them.
+    pub host: Option<String>,
+    /// Its id.
+    #[schema(format = Uuid)]
+    pub host_id: Option<String>,
+    /// Its tenant.
+    pub tenant: Option<String>,
+    /// So many events before this one were missed, where Core tells.
+    pub missed: u64,
 }
 
 impl From<message::Event> for Event {
@@ -396,6 +405,10 @@ impl From<message::Event> for Event {
             subject: filled(event.subject),
             message: event.message,
             operation_id: filled(event.operation_id),
+            host: filled(event.host),
+            host_id: filled(event.host_id),
+            tenant: filled(event.tenant),
+            missed: event.missed,
         }
     }
 }

@@ -308,7 +308,7 @@ fn the_other_views_have_stable_keys() {
         ),
         (
             json_of(Event::from(message::Event::default())),
-            "sequence at kind severity vm subject message operation_id",
+            "sequence at kind severity vm subject message operation_id host host_id tenant missed",
         ),
         (
             json_of(HostStatus::from(message::HostStatus::default())),

@@ -9,7 +9,7 @@ use tokio::sync::broadcast;
 /// What changed of hosts since the last look.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HostChanges {
-    /// These hosts: their record, inventory, owner or shown state.
+    /// These hosts: their record, inventory, owner, queue or shown state.
     Some(HashSet<HostId>),
     /// More than was kept in mind: look at all of them.
     All,

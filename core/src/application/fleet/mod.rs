@@ -315,7 +315,7 @@ impl Fleet {
         Some(self.clock.monotonic().since(since))
     }
 
-    /// Changes of hosts from now on.
+    /// Changes of hosts and of their queues from now on.
     pub fn watch_hosts(&self) -> HostWatch {
         HostWatch {
             receiver: self.hosts_changed.subscribe(),
@@ -469,9 +469,11 @@ impl Fleet {
             }
         }
         self.revision.send_replace(revision);
-        if !touched.hosts.is_empty() {
+        if !touched.is_empty() {
             self.forget_removed(&touched.hosts);
-            self.tell(touched.hosts);
+            let mut changed = touched.hosts;
+            changed.extend(touched.queues);
+            self.tell(changed);
         }
     }
 

@@ -29,7 +29,7 @@ use tower::Service;
 use tracing::{Instrument, Span};
 
 use super::limit::{Limiter, Limits};
-use super::methods::{CoreAccess, CoreMethod, core_method, is_always_ours};
+use super::methods::{CoreAccess, CoreMethod, EVENTS, core_method, is_always_ours};
 use super::notes::{Note, Peek};
 use super::routed::{Routed, check_host, check_role};
 use super::services;
@@ -37,6 +37,7 @@ use super::watched::{End, Leash, Watched, outcome};
 use crate::application::audit::{FleetAudit, FleetAuditRecord};
 use crate::application::callers::{Admitted, Callers, KEY_PREFIX, Proof};
 use crate::application::desk::Desk;
+use crate::application::events::Chronicle;
 use crate::application::fleet::Fleet;
 use crate::application::links::HostLinks;
 use crate::application::quota_check::Admission;
@@ -122,6 +123,8 @@ pub struct Parts {
     pub desk: Arc<Desk>,
     /// Core's CA.
     pub authority: Arc<dyn FleetAuthority>,
+    /// What happens.
+    pub events: Arc<Chronicle>,
 }
 
 /// Core's gRPC, whichever way a connection came.
@@ -276,7 +279,8 @@ impl Front {
         let begun = Instant::now();
         let id = request_id(request.headers());
         let path = request.uri().path();
-        let ours = core_method(path);
+        let elsewhere = request.headers().contains_key(metadata::HOST);
+        let ours = core_method(path).filter(|method| !(elsewhere && method.path == EVENTS));
         let theirs = access::method(path).filter(|_| ours.is_none());
         // Unknown paths share one name: what strangers send must not become label values.
         let (name, shape) = match (ours, theirs) {

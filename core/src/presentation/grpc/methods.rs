@@ -72,6 +72,9 @@ const fn open(path: &'static str, shape: Shape) -> CoreMethod {
 use CoreAccess::{Anyone, FleetAdmin, Host, Replica};
 use Role::{Admin, Operator, Viewer};
 
+/// Watching events, which is Core's where no host is named.
+pub(super) const EVENTS: &str = "/ghost.agent.v1.EventService/Watch";
+
 /// Every method that Core serves itself.
 pub const CORE_METHODS: &[CoreMethod] = &[
     reads("/ghost.core.v1.FleetService/GetStatus", Viewer),
@@ -163,6 +166,8 @@ pub const CORE_METHODS: &[CoreMethod] = &[
         "/ghost.agent.v1.AccessService/RevokeKey",
         CoreAccess::Role(Admin),
     ),
+    // What happens in the fleet; with the metadata `ghost-host` on that host.
+    watches(EVENTS, Viewer),
     // For load balancers and orchestrators, which have no identity; says nothing but "serving".
     open("/grpc.health.v1.Health/Check", Shape::Unary),
     open("/grpc.health.v1.Health/Watch", Shape::Stream),
@@ -224,7 +229,7 @@ mod tests {
         for (path, streams) in &all {
             let ours = core_method(path);
             let theirs = access::method(path);
-            let access = path.starts_with("/ghost.agent.v1.AccessService/");
+            let access = path.starts_with("/ghost.agent.v1.AccessService/") || path == EVENTS;
             assert_eq!(
                 ours.is_some(),
                 path.starts_with("/ghost.core.v1.") || access,

@@ -63,6 +63,26 @@ impl HostsQuery {
     }
 }
 
+/// Which events.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct EventsQuery {
+    /// Only those of the VM of this name or id.
+    #[serde(default)]
+    pub(super) vm: String,
+    /// Start with what is still remembered (the last 1,000).
+    #[serde(default)]
+    pub(super) replay: bool,
+    /// Go on with what comes (the default).
+    #[serde(default = "yes")]
+    pub(super) follow: bool,
+}
+
+const fn yes() -> bool {
+    true
+}
+
 /// Which VMs.
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]

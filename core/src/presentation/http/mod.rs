@@ -11,6 +11,7 @@
 mod ask;
 mod batwa;
 mod bodies;
+mod events;
 mod fleet;
 mod health;
 mod through;
@@ -138,6 +139,7 @@ fn described() -> OpenApiRouter<Arc<Shell>> {
             fleet::remove_host
         ))
         .routes(routes!(fleet::list_vms, through::create_vm))
+        .routes(routes!(events::watch))
         .routes(routes!(fleet::place))
         .routes(routes!(fleet::list_commands, fleet::queue_command))
         .routes(routes!(fleet::get_command, fleet::cancel_command))

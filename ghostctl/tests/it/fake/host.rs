@@ -162,6 +162,7 @@ impl EventService for Fake {
             subject: "web-1".to_owned(),
             message: text.to_owned(),
             operation_id: String::new(),
+            ..Event::default()
         };
         let mut events = Vec::new();
         if request.replay {

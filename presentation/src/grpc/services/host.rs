@@ -111,7 +111,7 @@ impl EventService for Events {
     ) -> Answered<Self::WatchStream> {
         let caller = principal(request.extensions())?;
         let given = request.get_ref();
-        let follow = given.follow;
+        let (follow, after) = (given.follow, given.after);
         let command = WatchEventsCommand {
             vm: Some(given.vm.clone()).filter(|vm| !vm.is_empty()),
             replay: given.replay,
@@ -129,7 +129,7 @@ impl EventService for Events {
                 } else {
                     events.replayed()?
                 };
-                if vm.is_none() || event.vm == vm {
+                if event.sequence > after && (vm.is_none() || event.vm == vm) {
                     return Some((Ok(convert::event(&event)), events));
                 }
             }

@@ -190,7 +190,7 @@ impl Fleets {
         })?;
         note.host(host, &tenant);
         let action = convert::action(request.action)?;
-        note.subject(convert::subject(&action));
+        note.subject(action.subject());
         note.detail(action.kind());
         let asked_before = request_id(&request.request_id)?.filter(|id| {
             self.fleet

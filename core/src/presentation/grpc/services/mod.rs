@@ -2,6 +2,7 @@
 
 mod access;
 mod enrolment;
+mod events;
 mod fleet;
 mod health;
 mod replica;
@@ -12,6 +13,7 @@ use std::time::Instant;
 use ghost_domain::{Error, ErrorCode, Result};
 use ghost_presentation::grpc::status::to_status;
 use ghost_proto::agent::v1::access_service_server::AccessServiceServer;
+use ghost_proto::agent::v1::event_service_server::EventServiceServer;
 use ghost_proto::core::v1::enrolment_service_server::EnrolmentServiceServer;
 use ghost_proto::core::v1::fleet_service_server::FleetServiceServer;
 use ghost_proto::core::v1::replica_service_server::ReplicaServiceServer;
@@ -139,6 +141,9 @@ pub(super) fn routes(
     Ok(
         Routes::new(FleetServiceServer::from_arc(Arc::new(fleet_service)))
             .add_service(AccessServiceServer::new(access))
+            .add_service(EventServiceServer::new(events::Events {
+                chronicle: Arc::clone(&parts.events),
+            }))
             .add_service(EnrolmentServiceServer::new(enrolment))
             .add_service(ReplicaServiceServer::new(replica::Replicas {
                 links: Arc::clone(&parts.links),
