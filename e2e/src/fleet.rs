@@ -41,12 +41,11 @@ impl Fleet {
     }
 
     /// With a simulated hypervisor, and with wall clocks of their own for the host and for Core.
-    pub fn with_clocks(host: &FakeClock, core: &FakeClock) -> Self {
+    pub fn with_clocks(host: &FakeClock, core: &FakeClock, mut builder: CoreBuilder) -> Self {
         let mut agent = AgentBuilder::simulated();
         for (name, value) in host.environment() {
             agent = agent.env(name, &value);
         }
-        let mut builder = brisk();
         for (name, value) in core.environment() {
             builder = builder.env(name, &value);
         }
@@ -63,10 +62,13 @@ impl Fleet {
         fleet
     }
 
-    /// With the real libvirt and a slow way between the host and Core: so long each way.
+    /// With the real libvirt, Core's own intervals, and a slow way between the host and Core: so long
+    /// each way.
     pub fn slow(delay: Duration) -> (Self, Delay) {
         let lab = NetLab::new();
-        let mut core = brisk().within(&lab.wrapper("core"), CORE).prepare();
+        let mut core = CoreBuilder::new()
+            .within(&lab.wrapper("core"), CORE)
+            .prepare();
         let way = lab.delay(core.address().port(), delay);
         // The host knows no other way.
         core.set("core.addresses", vec![way.address().to_string()]);

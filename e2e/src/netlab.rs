@@ -28,6 +28,8 @@ pub enum Way {
     Open,
     /// They vanish without a word, both ways.
     BlackHole,
+    /// What the hosts say vanishes; what Core says arrives.
+    Unheard,
     /// So many of a hundred vanish, each way.
     Loses(u8),
     /// The cable is out.
@@ -104,6 +106,7 @@ impl NetLab {
         let rule = match way {
             Way::Open | Way::Cut => String::new(),
             Way::BlackHole => "drop".to_owned(),
+            Way::Unheard => "iifname \"lan\" drop".to_owned(),
             Way::Loses(percent) => format!("numgen random mod 100 < {percent} drop"),
         };
         self.rules(

@@ -5,6 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use ghost_e2e::agent::{Agent, Builder as AgentBuilder};
+use ghost_e2e::clock::FakeClock;
 use ghost_e2e::core::Core;
 use ghost_e2e::fleet::{JOIN, RETURN, brisk, link};
 use ghost_e2e::wait;
@@ -172,6 +173,46 @@ async fn a_revoked_host_is_cut_off_at_once_and_a_revoked_person_too() {
     let refused = renewal.await.unwrap_err();
     assert_eq!(code(&refused), "host_not_found", "{refused:?}");
     assert_eq!(agent.ctl().run(&["list"]).code, 0, "local work goes on");
+}
+
+#[test]
+fn a_person_who_was_away_for_longer_than_a_certificate_lives_is_told_what_to_do() {
+    let mut clock = FakeClock::new();
+    let mut core = brisk();
+    for (name, value) in clock.environment() {
+        core = core.env(name, &value);
+    }
+    let core = core.start();
+    let mut alice = core.person("alice");
+    for (name, value) in clock.environment() {
+        alice = alice.with_env(name, value);
+    }
+    let uri = format!("https://{}", core.address());
+    let join = |context: &str| {
+        let token = core.token(&["--tenant", "acme", "--role", "operator"]);
+        alice.ok(&[
+            "context",
+            "add",
+            context,
+            "--endpoint",
+            &uri,
+            "--token",
+            &token,
+            "--use",
+        ]);
+    };
+    join("fleet");
+    alice.ok(&["host", "list"]);
+    // In use it renews itself: day after day, each longer than half of its life.
+    for _ in 0..3 {
+        clock.forward(Duration::from_secs(17 * 3600));
+        alice.ok(&["host", "list"]);
+    }
+    clock.forward(Duration::from_secs(25 * 3600));
+    let error = alice.fails(&["host", "list"], 6, "unauthenticated");
+    assert!(error["hint"].to_string().contains("token"), "{error}");
+    join("again");
+    alice.ok(&["host", "list"]);
 }
 
 #[test]

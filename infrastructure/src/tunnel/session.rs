@@ -375,7 +375,11 @@ fn closed_by(error: yamux::ConnectionError) -> Closed {
     match error {
         ConnectionError::Closed => Closed::Peer,
         ConnectionError::Io(error) | ConnectionError::Decode(FrameDecodeError::Io(error)) => {
-            Closed::Lost(error.to_string())
+            Closed::Lost(match error.kind() {
+                // What rustls says of it is for those who program with it.
+                io::ErrorKind::UnexpectedEof => "the other side went away without a word".into(),
+                _ => error.to_string(),
+            })
         }
         ConnectionError::NoMoreStreamIds => {
             Closed::Ours("all stream numbers are used up".to_owned())
