@@ -231,7 +231,7 @@ pub(crate) fn piko(config: &Config) -> Result<Option<PikoService>> {
 
 /// See [`piko`].
 pub(crate) async fn run_piko(
-    service: PikoService,
+    service: Arc<PikoService>,
     target: std::net::SocketAddr,
     stop: CancellationToken,
 ) {

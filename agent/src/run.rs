@@ -154,7 +154,10 @@ async fn serve(config: Config) -> Result<()> {
         .filter(|_| config.grpc.tls)
         .and_then(|listener| listener.local_addr().ok());
     let link = open_link(&config, &composition, grpc_address).await;
-    let piko = fleet::piko(&config)?;
+    let piko = fleet::piko(&config)?.map(Arc::new);
+    if let (Some(link), Some(piko)) = (&link, &piko) {
+        link.show_piko(Arc::clone(piko));
+    }
     let core = link.as_ref().and_then(|link| link.incoming());
     let door = link.as_ref().map(fleet::door);
     spawn_servers(

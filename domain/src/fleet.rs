@@ -552,6 +552,19 @@ impl LinkState {
     }
 }
 
+/// One way by which Core can reach this host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CarrierState {
+    /// `link`, `piko` or `direct`.
+    pub name: &'static str,
+    /// The name of a state, as [`LinkState::as_str`] has them.
+    pub state: &'static str,
+    /// Why it is not up; empty where it is, or where nobody wants it.
+    pub reason: String,
+    /// The other end, for people.
+    pub peer: String,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

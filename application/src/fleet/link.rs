@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use ghost_domain::fleet::{CorePermissions, FleetIdentity, LinkState};
+use ghost_domain::fleet::{CarrierState, CorePermissions, FleetIdentity, LinkState};
 use ghost_domain::{Error, ErrorCode, Principal, Result, Role, Timestamp};
 
 use super::LinkPlace;
@@ -22,6 +22,8 @@ pub struct CoreLinkView {
     pub permissions: CorePermissions,
     /// How the link fares.
     pub state: LinkState,
+    /// Every way by which Core can reach this host, each with its own state.
+    pub carriers: Vec<CarrierState>,
     /// Since when.
     pub since: Option<Timestamp>,
     /// Why the last link ended or could not be made; empty: there was no failure.
@@ -85,6 +87,15 @@ pub(super) fn reason_of(state: &LinkState) -> String {
     crate::guest::escape(&reason, 256)
 }
 
+/// What others say, fit to be shown.
+fn shown(mut carriers: Vec<CarrierState>) -> Vec<CarrierState> {
+    for carrier in &mut carriers {
+        carrier.reason = crate::guest::escape(&carrier.reason, 256);
+        carrier.peer = crate::guest::escape(&carrier.peer, 256);
+    }
+    carriers
+}
+
 pub(crate) fn view(model: &Model, place: &LinkPlace, now: Timestamp) -> CoreLinkView {
     // The link itself knows the last round trip; the model knows what it was told.
     let link = place.get();
@@ -93,6 +104,7 @@ pub(crate) fn view(model: &Model, place: &LinkPlace, now: Timestamp) -> CoreLink
         identity: link.and_then(|link| link.identity()),
         permissions: model.core_permissions,
         state,
+        carriers: link.map(|link| shown(link.carriers())).unwrap_or_default(),
         since: model.core.since.map(|(at, _)| at),
         last_failure: model.core.last_failure.clone(),
         deletes_allowed_until: model.delete_consent.filter(|until| *until > now),

@@ -608,6 +608,7 @@ mod tests {
                 certificate_generation: 1,
                 key_hash: [0; 32],
                 previous_key_hash: None,
+                machine: None,
                 certificate_expires_at: Timestamp::default(),
                 enrolled_at: Timestamp::default(),
                 agent_version: String::new(),

@@ -174,7 +174,11 @@ impl UpdateHost {
                 }
                 if command.unlock {
                     match host.life {
-                        HostLife::Locked { .. } => host.life = HostLife::Active,
+                        HostLife::Locked { .. } => {
+                            host.life = HostLife::Active;
+                            // Whichever machine comes next is the right one.
+                            host.machine = None;
+                        }
                         HostLife::Active => {
                             return Err(Error::new(
                                 ErrorCode::WrongState,

@@ -16,6 +16,8 @@ use std::time::Duration;
 use ghost_domain::fleet::{CorePermissions, FleetFacts};
 use ghost_domain::{Error, ErrorCode, HostId, HostName, Result, TenantName, Timestamp};
 
+use super::MachineHash;
+
 /// Labels of a host: keys and values are checked like names of Kubernetes labels, at most 64.
 pub type Labels = BTreeMap<String, String>;
 
@@ -98,6 +100,9 @@ pub struct HostRecord {
     /// The generation before and its key's hash, good until the newest one was used: an answer of
     /// Core may have been lost.
     pub previous_key_hash: Option<[u8; 32]>,
+    /// The machine that it first came from, as it calls itself: a copy of its files elsewhere comes
+    /// with another one. `None`: it has not come, or its owner let it come back from anywhere.
+    pub machine: Option<MachineHash>,
     /// When the newest certificate ends.
     pub certificate_expires_at: Timestamp,
     /// When it joined.
@@ -277,6 +282,7 @@ mod tests {
             certificate_generation: 1,
             key_hash: [0; 32],
             previous_key_hash: None,
+            machine: None,
             certificate_expires_at: Timestamp::default(),
             enrolled_at: Timestamp::default(),
             agent_version: String::new(),

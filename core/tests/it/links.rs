@@ -127,6 +127,7 @@ impl Core {
             certificate_generation: 1,
             key_hash,
             previous_key_hash: None,
+            machine: None,
             certificate_expires_at: issued.expires_at,
             enrolled_at: Timestamp::default(),
             agent_version: String::new(),

@@ -238,6 +238,7 @@ impl World {
             certificate_generation: 1,
             key_hash: [0; 32],
             previous_key_hash: None,
+            machine: None,
             certificate_expires_at: now,
             enrolled_at: now,
             agent_version: "0.1.0".into(),

@@ -4,8 +4,8 @@ use async_trait::async_trait;
 
 use crate::Result;
 use crate::fleet::{
-    CommandOutcome, CorePermissions, FleetCommand, FleetIdentity, HeartbeatReport, LinkState,
-    RefusedCommand,
+    CarrierState, CommandOutcome, CorePermissions, FleetCommand, FleetIdentity, HeartbeatReport,
+    LinkState, RefusedCommand,
 };
 
 /// What the link asks of the application.
@@ -71,6 +71,9 @@ pub trait CoreLink: Send + Sync {
 
     /// How the link fares now.
     fn state(&self) -> LinkState;
+
+    /// Every way by which Core can reach this host.
+    fn carriers(&self) -> Vec<CarrierState>;
 
     /// Ends a wait and connects at once.
     fn reconnect(&self);

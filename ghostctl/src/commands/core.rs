@@ -64,6 +64,26 @@ pub(super) async fn run(command: CoreCommand, session: &Session) -> Result<Exit,
     Ok(Exit::Done)
 }
 
+/// The ways beside the link that are wanted or used.
+fn also(link: &CoreLink) -> Option<String> {
+    let ways: Vec<String> = link
+        .carriers
+        .iter()
+        .filter(|way| way.name != "link" && (way.state != "off" || way.reason.is_some()))
+        .map(|way| {
+            let mut text = format!("{} {}", way.name, way.state);
+            if let Some(peer) = &way.peer {
+                text.push_str(&format!(", {peer}"));
+            }
+            if let Some(reason) = &way.reason {
+                text.push_str(&format!(" ({reason})"));
+            }
+            text
+        })
+        .collect();
+    (!ways.is_empty()).then(|| ways.join("; "))
+}
+
 fn sheet(link: &CoreLink, paint: Paint) -> String {
     let state = match &link.reason {
         Some(reason) => format!("{} ({reason})", link.state),
@@ -90,6 +110,7 @@ fn sheet(link: &CoreLink, paint: Paint) -> String {
             link.retry_in_seconds
                 .map(|seconds| format!("in {seconds:.0} s")),
         )
+        .some("also", also(link))
         .some("last failure", link.last_failure.as_ref())
         .line("core may", link.permissions.replace('_', " "))
         .some(

@@ -12,21 +12,22 @@ use ghost_domain::fleet::{
     CommandOutcome, CommandStatus, HeartbeatReport, LinkState, RefusedCommand,
 };
 use ghost_domain::ports::{Clock, CoreLinkHandler};
-use ghost_domain::{ErrorCode, Result};
+use ghost_domain::{ErrorCode, Result, Timestamp};
 use ghost_proto::core::v1 as proto;
 use ghost_proto::core::v1::link_message::Kind;
 use ghost_proto::core::{NEWEST_LINK_VERSION, OLDEST_LINK_VERSION};
 use parking_lot::Mutex;
 use tokio::io::{ReadHalf, WriteHalf};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::convert::{self, ReadCommand};
 use super::enrol::blocking;
 use super::heartbeat::Heartbeats;
-use super::identity::IdentityFolder;
+use super::identity::{Enrolled, IdentityFolder};
 use super::signals::Signal;
+use super::tls::CLOCK_SKEW;
 use crate::tunnel::messages::{MessageReader, MessageWriter};
 use crate::tunnel::{Closed, Dialled, TunnelHandle, TunnelStream};
 
@@ -46,6 +47,8 @@ const SILENT_INTERVALS: u32 = 3;
 const DEAF_INTERVALS: u32 = 12;
 /// What is waited for where Core does not want this host, or another version.
 const SLOW_RETRY: Duration = Duration::from_secs(600);
+/// Between two tries to follow a link that works.
+const REDIAL: Duration = Duration::from_secs(30);
 const BROKE: &str = "the control stream broke";
 const SILENT_END: &str = "Core ended the link without a word";
 /// Longest text of Core's that is shown.
@@ -68,6 +71,8 @@ pub(super) enum End {
     Refused(String),
     /// Core says that our certificate ended.
     Expired(String),
+    /// A link with this host's new certificate stands, and takes this one's place.
+    Followed,
 }
 
 impl End {
@@ -82,6 +87,7 @@ impl End {
     pub(super) fn reason(&self) -> &str {
         match self {
             Self::Stopped => "the agent stops",
+            Self::Followed => "a link with the new certificate takes its place",
             Self::Again { reason, .. }
             | Self::AtOnce(reason)
             | Self::Refused(reason)
@@ -155,13 +161,31 @@ pub(super) struct Context {
     pub(super) last_loss: String,
     /// Where streams that Core opens go.
     pub(super) streams: mpsc::Sender<TunnelStream>,
+    /// Whether the link before this one stays until the streams over it have ended.
+    pub(super) follows: bool,
+    /// When the certificate of this link ends.
+    pub(super) expires_at: Timestamp,
+    /// The number of this host's newest certificate.
+    pub(super) newest: watch::Receiver<u64>,
+    /// Dials with the newest certificate.
+    pub(super) redial: Redial,
+    /// Cancelled when what stands on this host's identity has to end.
+    pub(super) standing: CancellationToken,
 }
+
+/// A connection that stands, and the identity that it was made with.
+pub(super) type Redialled = (Dialled, Arc<Enrolled>);
+
+/// Dials with the newest certificate.
+pub(super) type Redial = Arc<dyn Fn() -> BoxFuture<'static, Result<Redialled>> + Send + Sync>;
 
 /// What became of a life of the link.
 pub(super) struct Lived {
     pub(super) end: End,
     /// For how long it was up.
     pub(super) up: Duration,
+    /// Of one that is followed: the connection for the next.
+    pub(super) next: Option<Redialled>,
 }
 
 /// Lives one life of the link.
@@ -189,16 +213,44 @@ pub(super) async fn live(
             return Lived {
                 end,
                 up: Duration::ZERO,
+                next: None,
             };
         }
     };
-    let (reader, welcome, facts) = greeted;
+    let (mut reader, welcome, facts) = greeted;
     let up = Instant::now();
+    let mut next = None;
     let end = match accept(context, &welcome).await {
         Ok(()) => {
             let life = Life::new(context, &handle, &welcome, facts, local, begun.elapsed());
-            life.run(reader, &mut writer, &mut incoming, signals, stop)
-                .await
+            let ping_interval = life.ping_interval;
+            let parts = (&mut reader, &mut writer, &mut incoming);
+            let end = life.run(parts, &mut next, signals, stop).await;
+            if end == End::Followed {
+                let (streams, standing) = (context.streams.clone(), context.standing.clone());
+                let ends = context.expires_at.after(CLOCK_SKEW);
+                let clock = Arc::clone(&context.clock);
+                tokio::spawn(async move {
+                    let draining = Draining {
+                        handle,
+                        reader,
+                        writer,
+                        incoming,
+                        streams,
+                        ping_interval,
+                    };
+                    tokio::select! {
+                        () = draining.drain(&*clock, ends) => {}
+                        () = standing.cancelled() => {}
+                    }
+                });
+                return Lived {
+                    end,
+                    up: up.elapsed(),
+                    next,
+                };
+            }
+            end
         }
         Err(end) => end,
     };
@@ -221,6 +273,58 @@ pub(super) async fn live(
     Lived {
         end,
         up: up.elapsed(),
+        next: None,
+    }
+}
+
+/// A link that another one followed: it stays for the streams over it, until Core ends it.
+struct Draining {
+    handle: TunnelHandle,
+    reader: Reader,
+    writer: Writer,
+    incoming: mpsc::Receiver<TunnelStream>,
+    streams: mpsc::Sender<TunnelStream>,
+    ping_interval: Duration,
+}
+
+impl Draining {
+    async fn drain(mut self, clock: &dyn Clock, ends: Timestamp) {
+        let mut tick = tokio::time::interval(self.ping_interval);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let reason = loop {
+            tokio::select! {
+                message = self.reader.next() => match message {
+                    Ok(Some(Kind::Ping(ping))) => {
+                        let number = ping.number;
+                        if self.writer.queue(Kind::Pong(proto::Pong { number })).is_err() {
+                            break "Core reads nothing";
+                        }
+                    }
+                    // What it says beside that belongs on the newer link, and is said there again.
+                    Ok(Some(_)) => {}
+                    Ok(None) | Err(_) => break "Core ended it",
+                },
+                flushed = self.writer.flush(), if self.writer.is_waiting() => if flushed.is_err() {
+                    break "Core ended it";
+                },
+                // Some may have been on their way when the newer link came.
+                Some(stream) = self.incoming.recv() => {
+                    if self.streams.try_send(stream).is_err() {
+                        tracing::debug!("nobody takes a stream of Core's; it was reset");
+                    }
+                }
+                _ = tick.tick() => {
+                    if self.handle.silence() >= self.ping_interval * SILENT_INTERVALS {
+                        break "nothing came from Core";
+                    }
+                    if clock.now() >= ends {
+                        break "its certificate ended";
+                    }
+                }
+            }
+        };
+        tracing::info!(reason, "the link before the present one ended");
+        self.handle.close(reason);
     }
 }
 
@@ -285,6 +389,7 @@ async fn greet(handle: &TunnelHandle, context: &Context) -> Result<Greeted, End>
         direct_addresses: context.direct.clone(),
         facts: Some(convert::facts(&facts)),
         machine_hash: context.machine_hash.clone(),
+        follows: context.follows,
     };
     writer.send(Kind::Hello(hello)).await.map_err(lost)?;
     loop {
@@ -351,6 +456,7 @@ fn farewell(goodbye: proto::Goodbye) -> End {
     let reason = format!("{}: {}", shown(&goodbye.code), shown(&goodbye.message));
     match goodbye.code.as_str() {
         "revoked" | "unknown_host" | "cloned_identity" => End::Refused(reason),
+        "certificate_expired" => End::Expired(reason),
         code => {
             let wanted = convert::from_duration(goodbye.retry_after).unwrap_or_default();
             let least = match code {
@@ -470,9 +576,8 @@ impl<'a> Life<'a> {
 
     async fn run(
         mut self,
-        mut reader: Reader,
-        writer: &mut Writer,
-        incoming: &mut mpsc::Receiver<TunnelStream>,
+        (reader, writer, incoming): (&mut Reader, &mut Writer, &mut mpsc::Receiver<TunnelStream>),
+        next: &mut Option<Redialled>,
         signals: &mut mpsc::Receiver<Signal>,
         stop: &CancellationToken,
     ) -> End {
@@ -492,6 +597,12 @@ impl<'a> Life<'a> {
         let mut reporting: Option<BoxFuture<'static, Result<HeartbeatReport>>> = None;
         let mut working: Option<BoxFuture<'static, Option<CommandOutcome>>> = None;
         self.tell_outcomes(writer);
+        let (mut newest, present) = (
+            self.context.newest.clone(),
+            self.context.certificate_generation,
+        );
+        let mut redialling: Option<BoxFuture<'static, Result<Redialled>>> = None;
+        let mut redial_at = Instant::now();
         loop {
             if working.is_none()
                 && let Some(work) = self.work.pop_front()
@@ -560,6 +671,19 @@ impl<'a> Life<'a> {
                         tracing::debug!("nobody takes a stream of Core's; it was reset");
                     }
                 }
+                () = newer(&mut newest, present, redial_at), if redialling.is_none() => {
+                    redialling = Some((self.context.redial)());
+                }
+                redialled = ready(&mut redialling) => match redialled {
+                    Ok(redialled) => {
+                        *next = Some(redialled);
+                        return End::Followed;
+                    }
+                    Err(error) => {
+                        tracing::warn!(%error, "a link with the new certificate could not be made yet");
+                        redial_at = Instant::now() + REDIAL;
+                    }
+                },
                 Some(signal) = signals.recv() => match signal {
                     Signal::Reconnect => return End::AtOnce("asked to connect anew".into()),
                     Signal::Wake => return End::AtOnce("this host was asleep".into()),
@@ -735,6 +859,14 @@ fn queue(writer: &mut Writer, kind: Kind) -> Result<(), End> {
     writer
         .queue(kind)
         .map_err(|error| End::again(format!("a message could not be sent: {error}")))
+}
+
+/// Waits until this host has a newer certificate than that of this number, and until `at`.
+async fn newer(newest: &mut watch::Receiver<u64>, than: u64, at: Instant) {
+    if newest.wait_for(|number| *number > than).await.is_err() {
+        std::future::pending::<()>().await;
+    }
+    tokio::time::sleep_until(at).await;
 }
 
 /// Waits for what is in the slot, and empties it; forever where nothing is. May be dropped.

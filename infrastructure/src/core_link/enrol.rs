@@ -81,7 +81,7 @@ pub async fn enrol(token: &str, options: EnrolOptions) -> Result<FleetIdentity> 
         request_pem,
         name: options.name.to_string(),
         agent_version: options.agent_version,
-        machine_hash: machine_hash(Path::new(MACHINE_ID)),
+        machine_hash: machine_hash(&token.fingerprint, Path::new(MACHINE_ID)),
     };
     let setup = Setup::new(Trust::Fingerprint(token.fingerprint), None, b"h2")?;
     let mut client = dial_any(&setup, &token.addresses).await?;
@@ -287,25 +287,14 @@ fn refusal(status: &Status) -> Error {
     }
 }
 
-/// `/etc/machine-id` under a key of ours (machine-id(5) asks for that), so that Core recognises a
-/// machine that joins again and learns nothing else.
-fn machine_hash(path: &Path) -> String {
-    match std::fs::read_to_string(path) {
-        Ok(id) if !id.trim().is_empty() => {
-            let digest = Sha256::new_with_prefix(MACHINE_PREFIX).chain_update(id.trim());
-            hex::encode(digest.finalize())
-        }
-        _ => String::new(),
-    }
-}
-
-/// The same for a host of a fleet, salted with its id: what one fleet knows of a machine is worth
-/// nothing to another, and two hosts' values cannot be held against each other.
-pub(super) fn machine_of(host: HostId, path: &Path) -> String {
+/// `/etc/machine-id` under a key of ours (machine-id(5) asks for that) and a salt, so that Core
+/// recognises a machine and learns nothing else: what one fleet knows of a machine is worth nothing to
+/// another. Empty where the machine has no id. Reads the disk.
+pub(super) fn machine_hash(salt: &[u8], path: &Path) -> String {
     match std::fs::read_to_string(path) {
         Ok(id) if !id.trim().is_empty() => {
             let digest = Sha256::new_with_prefix(MACHINE_PREFIX)
-                .chain_update(host.uuid().as_bytes())
+                .chain_update(salt)
                 .chain_update(id.trim());
             hex::encode(digest.finalize())
         }
@@ -355,17 +344,12 @@ mod tests {
     fn a_machine_is_known_by_a_hash_alone() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("machine-id");
-        assert_eq!(machine_hash(&path), "");
+        assert_eq!(machine_hash(b"fleet", &path), "");
         std::fs::write(&path, "0123456789abcdef0123456789abcdef\n").unwrap();
-        let hash = machine_hash(&path);
+        let hash = machine_hash(b"fleet", &path);
         assert_eq!(hash.len(), 64);
         assert!(!hash.contains("0123456789abcdef"));
-        let (one, other) = (HostId::random(), HostId::random());
-        let salted = machine_of(one, &path);
-        assert_eq!(salted.len(), 64);
-        assert_eq!(salted, machine_of(one, &path));
-        assert_ne!(salted, machine_of(other, &path));
-        assert_ne!(salted, hash);
-        assert_eq!(machine_of(one, &folder.path().join("none")), "");
+        assert_eq!(hash, machine_hash(b"fleet", &path), "it is known again");
+        assert_ne!(hash, machine_hash(b"other", &path), "and nowhere else");
     }
 }

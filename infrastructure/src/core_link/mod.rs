@@ -31,15 +31,15 @@ mod tls;
 mod token;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use ghost_domain::fleet::{CorePermissions, FleetIdentity, LinkState};
+use ghost_domain::fleet::{CarrierState, CorePermissions, FleetIdentity, LinkState};
 use ghost_domain::ports::{Clock, CoreLink, CoreLinkHandler};
-use ghost_domain::{ErrorCode, HostId, Result};
+use ghost_domain::{Error, ErrorCode, HostId, Result};
 use parking_lot::Mutex;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -48,11 +48,12 @@ pub use ghost_proto::core::DIRECT_PROTOCOL;
 pub use tls::core_uri;
 
 use crate::tunnel::{Backoff, BackoffOptions, Dialled, Limits, Side, Tunnel, TunnelStream, begin};
-use control::{Context, End, Shown};
+use control::{Context, End, Redial, Redialled, Shown};
 use direct::DirectOptions;
-use enrol::{MACHINE_ID, blocking, machine_of, recover, renew, renew_at};
+use enrol::{MACHINE_ID, blocking, machine_hash, recover, renew, renew_at};
 use identity::{Enrolled, IdentityFolder};
 use inbound::Inbound;
+use piko::{PikoService, PikoState};
 use signals::Signal;
 use tls::{Setup, Trust};
 
@@ -60,6 +61,8 @@ use tls::{Setup, Trust};
 const GOOD: Duration = Duration::from_secs(60);
 /// Least time between two tries that something hurries.
 const HURRY: Duration = Duration::from_secs(1);
+/// The carrier's name.
+const LINK: &str = "link";
 /// Streams of Core's that nobody has taken yet.
 const STREAMS_WAITING: usize = 256;
 
@@ -107,7 +110,9 @@ pub struct CoreLinkService {
     handler: Arc<dyn CoreLinkHandler>,
     clock: Arc<dyn Clock>,
     shown: Arc<Shown>,
-    identity: Mutex<Option<Arc<Enrolled>>>,
+    identity: Arc<Mutex<Option<Arc<Enrolled>>>>,
+    /// The number of the newest certificate; a link that was made with an older one gets a successor.
+    newest: watch::Sender<u64>,
     /// One request for a certificate at a time.
     requests: tokio::sync::Mutex<()>,
     instance: String,
@@ -116,6 +121,7 @@ pub struct CoreLinkService {
     streams: mpsc::Sender<TunnelStream>,
     incoming: Mutex<Option<mpsc::Receiver<TunnelStream>>>,
     inbound: Inbound,
+    piko: OnceLock<Arc<PikoService>>,
     standing: Mutex<Standing>,
 }
 
@@ -152,7 +158,8 @@ impl CoreLinkService {
             shown: Arc::new(Shown::new(Arc::clone(&handler))),
             handler,
             clock,
-            identity: Mutex::new(identity),
+            newest: watch::Sender::new(0),
+            identity: Arc::new(Mutex::new(identity)),
             requests: tokio::sync::Mutex::new(()),
             instance: uuid::Uuid::new_v4().to_string(),
             signals,
@@ -160,6 +167,7 @@ impl CoreLinkService {
             streams,
             incoming: Mutex::new(Some(incoming)),
             inbound: Inbound::default(),
+            piko: OnceLock::new(),
             standing: Mutex::new(standing),
         })
     }
@@ -168,6 +176,13 @@ impl CoreLinkService {
     /// HTTP/1.1 on others; the first bytes tell. `None` where they were given out already.
     pub fn incoming(&self) -> Option<mpsc::Receiver<TunnelStream>> {
         self.incoming.lock().take()
+    }
+
+    /// Shows this connection to Piko among the ways to this host. To be called once.
+    pub fn show_piko(&self, piko: Arc<PikoService>) {
+        if self.piko.set(piko).is_err() {
+            tracing::error!("a connection to Piko is shown already");
+        }
     }
 
     /// Keeps the link up until `stop`. A host that has not joined a fleet waits until it does. To be
@@ -196,6 +211,9 @@ impl CoreLinkService {
         let mut connects = 0;
         let mut last_loss = String::new();
         let mut expired = false;
+        let mut address = String::new();
+        // The connection that follows the link that was, which stays for what it carries.
+        let mut followed: Option<Redialled> = None;
         while !stop.is_cancelled() {
             let tried = Instant::now();
             let Some(enrolled) = self.present().await else {
@@ -203,23 +221,31 @@ impl CoreLinkService {
                 self.pause(self.pace.look_for_identity, signals, stop).await;
                 continue;
             };
-            self.shown.set(LinkState::Connecting);
-            let tunnel = LinkTunnel {
-                enrolled: Arc::clone(&enrolled),
-                address: next.take(&enrolled.identity.addresses),
-            };
-            let dialled = tokio::select! {
-                dialled = self.certified_dial(&tunnel, expired) => dialled,
-                () = stop.cancelled() => break,
+            // Whose host it is may have changed since it was dialled.
+            let following = followed
+                .take()
+                .filter(|(_, made)| made.identity.host == enrolled.identity.host);
+            let follows = following.is_some();
+            let dialled = match following {
+                Some(redialled) => Ok(redialled),
+                None => {
+                    self.shown.set(LinkState::Connecting);
+                    address = next.take(&enrolled.identity.addresses);
+                    let tunnel = LinkTunnel {
+                        enrolled: Arc::clone(&enrolled),
+                        address: address.clone(),
+                    };
+                    tokio::select! {
+                        dialled = self.certified_dial(&tunnel, expired) => dialled,
+                        () = stop.cancelled() => break,
+                    }
+                }
             };
             expired = false;
             let (end, up) = match dialled {
-                Ok(dialled) => {
-                    let (dialled, enrolled) = dialled;
-                    let context = match self
-                        .context(&enrolled, tunnel.name(), connects, &last_loss)
-                        .await
-                    {
+                Ok((dialled, enrolled)) => {
+                    let made = self.context(&enrolled, &address, follows, connects, &last_loss);
+                    let context = match made.await {
                         Ok(context) => context,
                         Err(error) => {
                             tracing::error!(%error, "the link cannot begin");
@@ -231,6 +257,7 @@ impl CoreLinkService {
                     };
                     connects += 1;
                     let lived = control::live(dialled, &context, signals, stop).await;
+                    followed = lived.next;
                     (lived.end, lived.up)
                 }
                 Err(end) => (end, Duration::ZERO),
@@ -238,9 +265,12 @@ impl CoreLinkService {
             if up >= GOOD {
                 backoff.reset();
             }
-            end.reason().clone_into(&mut last_loss);
+            if end != End::Followed {
+                end.reason().clone_into(&mut last_loss);
+            }
             match end {
                 End::Stopped => break,
+                End::Followed => tracing::info!("a link with the new certificate is made"),
                 End::AtOnce(reason) => {
                     tracing::info!(reason, "the link is made anew");
                 }
@@ -298,6 +328,8 @@ impl CoreLinkService {
         let mut standing = self.standing.lock();
         if standing.host != host {
             standing.token.cancel();
+            // Another host's certificates have numbers of their own.
+            self.newest.send_replace(0);
             *standing = Standing {
                 host,
                 token: CancellationToken::new(),
@@ -340,21 +372,26 @@ impl CoreLinkService {
 
     async fn context(
         &self,
-        enrolled: &Enrolled,
-        carrier: &'static str,
+        enrolled: &Arc<Enrolled>,
+        address: &str,
+        follows: bool,
         connects: u64,
         last_loss: &str,
     ) -> Result<Context> {
         let (folder, host) = (self.folder.clone(), enrolled.identity.host);
-        let (core_id, machine_hash) =
-            blocking(move || Ok((folder.core_id()?, machine_of(host, Path::new(MACHINE_ID)))))
-                .await?;
+        let (core_id, machine_hash) = blocking(move || {
+            Ok((
+                folder.core_id()?,
+                machine_hash(host.uuid().as_bytes(), Path::new(MACHINE_ID)),
+            ))
+        })
+        .await?;
         let core = enrolled.identity.addresses.first().map(String::as_str);
         Ok(Context {
             handler: Arc::clone(&self.handler),
             clock: Arc::clone(&self.clock),
             shown: Arc::clone(&self.shown),
-            carrier,
+            carrier: LINK,
             agent_version: self.options.agent_version.clone(),
             instance: self.instance.clone(),
             certificate_generation: enrolled.identity.generation,
@@ -369,6 +406,29 @@ impl CoreLinkService {
             connects,
             last_loss: last_loss.chars().take(200).collect(),
             streams: self.streams.clone(),
+            follows,
+            expires_at: enrolled.identity.expires_at,
+            newest: self.newest.subscribe(),
+            redial: self.redial(address),
+            standing: self.standing.lock().token.clone(),
+        })
+    }
+
+    /// How a link to this address gets its successor, to the same replica.
+    fn redial(&self, address: &str) -> Redial {
+        let (identity, address) = (Arc::clone(&self.identity), address.to_owned());
+        Arc::new(move || {
+            let (enrolled, address) = (identity.lock().clone(), address.clone());
+            Box::pin(async move {
+                let enrolled = enrolled.ok_or_else(|| {
+                    Error::new(ErrorCode::NotEnrolled, "this host left its fleet meanwhile")
+                })?;
+                let tunnel = LinkTunnel {
+                    enrolled: Arc::clone(&enrolled),
+                    address,
+                };
+                Ok((tunnel.connect().await?, enrolled))
+            })
         })
     }
 
@@ -453,7 +513,9 @@ impl CoreLinkService {
                         generation = renewed.identity.generation,
                         "renewed this host's certificate"
                     );
+                    let number = renewed.identity.generation;
                     *self.identity.lock() = Some(Arc::new(renewed));
+                    self.newest.send_replace(number);
                     backoff.reset();
                 }
                 Err(error) => {
@@ -490,6 +552,47 @@ impl CoreLink for CoreLinkService {
 
     fn state(&self) -> LinkState {
         self.shown.get()
+    }
+
+    fn carriers(&self) -> Vec<CarrierState> {
+        let carrier = |name, state, reason, peer| CarrierState {
+            name,
+            state,
+            reason,
+            peer,
+        };
+        let state = self.shown.get();
+        let (reason, replica) = match &state {
+            LinkState::Up { replica, .. } => (String::new(), replica.clone()),
+            LinkState::Waiting { reason, .. } | LinkState::Refused { reason } => {
+                (reason.clone(), String::new())
+            }
+            LinkState::Silent { since } => {
+                let reason = format!("nothing was heard for {} s", since.as_secs());
+                (reason, String::new())
+            }
+            LinkState::Off | LinkState::Connecting => Default::default(),
+        };
+        let mut all = vec![carrier(LINK, state.as_str(), reason, replica)];
+        let replicas = self.inbound.replicas();
+        let direct = if replicas.is_empty() { "off" } else { "up" };
+        all.push(carrier(
+            "direct",
+            direct,
+            String::new(),
+            replicas.join(", "),
+        ));
+        if let Some(piko) = self.piko.get() {
+            let (state, reason) = match piko.state() {
+                PikoState::Off => ("off", String::new()),
+                PikoState::Connecting => ("connecting", String::new()),
+                PikoState::Up => ("up", String::new()),
+                PikoState::Waiting { reason, .. } => ("waiting", reason),
+                PikoState::Refused { reason } => ("refused", reason),
+            };
+            all.push(carrier("piko", state, reason, piko.peer()));
+        }
+        all
     }
 
     fn reconnect(&self) {
@@ -551,7 +654,7 @@ struct LinkTunnel {
 #[async_trait]
 impl Tunnel for LinkTunnel {
     fn name(&self) -> &'static str {
-        "link"
+        LINK
     }
 
     async fn connect(&self) -> Result<Dialled> {

@@ -486,6 +486,65 @@ async fn certificates_renew_themselves_with_a_new_key() {
     host.end().await;
 }
 
+#[tokio::test]
+async fn a_renewed_certificate_gets_a_link_and_the_one_before_stays_for_its_streams() {
+    let mut core = FakeCore::start().await;
+    let folder = tempfile::tempdir().unwrap();
+    enrol(&core.token("one"), joining(folder.path()))
+        .await
+        .unwrap();
+    let clock = TestClock::now();
+    let host = Host::start(folder.path(), Arc::clone(&clock));
+    let mut streams = host.service.incoming().unwrap();
+    let mut first = core.welcomed(Duration::from_secs(60)).await;
+    assert!(!first.hello.follows);
+    host.until_up().await;
+    let mut near = first.session.handle.open().await.unwrap();
+    near.write_all(b"a").await.unwrap();
+    near.flush().await.unwrap();
+    let mut far = streams.recv().await.unwrap();
+    assert_eq!(far.read_u8().await.unwrap(), b'a');
+
+    let now = clock.now();
+    *clock.0.lock() = now.after(Duration::from_secs(17 * 3600));
+    core.renewed().await;
+    *clock.0.lock() = now;
+    let mut second = core.link().await;
+    assert!(second.hello.follows);
+    assert!(second.hello.certificate_generation > first.hello.certificate_generation);
+    // Before it is welcomed as well as afterwards, the first one lives.
+    for welcomed in [false, true] {
+        if welcomed {
+            second.welcome(CORE_ID, Duration::from_secs(60)).await;
+            host.until_up().await;
+        }
+        let ping = Kind::Ping(proto::Ping { number: 77 });
+        first.writer.send(ping).await.unwrap();
+        loop {
+            match first.reader.next().await.unwrap().unwrap() {
+                Kind::Pong(pong) if pong.number == 77 => break,
+                Kind::Goodbye(goodbye) => panic!("{goodbye:?}"),
+                _ => {}
+            }
+        }
+        far.write_all(b"b").await.unwrap();
+        far.flush().await.unwrap();
+        assert_eq!(near.read_u8().await.unwrap(), b'b');
+    }
+    // A stream that was on its way over the first one is taken, and then that one may go.
+    let late = first.session.handle.open().await.unwrap();
+    let taken = streams.recv().await.unwrap();
+    drop((late, taken));
+    first.session.handle.close("its streams have ended");
+    let mut near = second.session.handle.open().await.unwrap();
+    let mut far = streams.recv().await.unwrap();
+    near.write_all(b"c").await.unwrap();
+    near.flush().await.unwrap();
+    assert_eq!(far.read_u8().await.unwrap(), b'c');
+    assert!(matches!(host.service.state(), LinkState::Up { .. }));
+    host.end().await;
+}
+
 /// Gives a host an identity whose certificate is valid in these times.
 fn give_identity(
     core: &FakeCore,

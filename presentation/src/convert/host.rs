@@ -102,6 +102,16 @@ pub fn core_link(view: &CoreLinkView) -> message::CoreLink {
         link.certificate_expires_at = Some(timestamp(identity.expires_at));
         link.certificate_generation = identity.generation;
     }
+    link.carriers = view
+        .carriers
+        .iter()
+        .map(|carrier| message::CoreCarrier {
+            name: carrier.name.to_owned(),
+            state: carrier.state.to_owned(),
+            reason: carrier.reason.clone(),
+            peer: carrier.peer.clone(),
+        })
+        .collect();
     match &view.state {
         LinkState::Off | LinkState::Connecting => {}
         LinkState::Up {

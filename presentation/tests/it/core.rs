@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use ghost_application::fleet::CoreReach;
-use ghost_domain::fleet::{CorePermissions, FleetIdentity, LinkState};
+use ghost_domain::fleet::{CarrierState, CorePermissions, FleetIdentity, LinkState};
 use ghost_domain::ports::{CoreLink, CoreLinkHandler};
 use ghost_domain::{ErrorCode, HostId, HostName, Role, TenantName, Timestamp};
 use ghost_presentation::grpc::access::METHODS;
@@ -455,6 +455,15 @@ impl CoreLink for FakeLink {
         self.state.lock().unwrap().clone()
     }
 
+    fn carriers(&self) -> Vec<CarrierState> {
+        vec![CarrierState {
+            name: "piko",
+            state: "waiting",
+            reason: "refused\u{1b}[2J".into(),
+            peer: "pc at piko.example".into(),
+        }]
+    }
+
     fn reconnect(&self) {
         self.reconnects.fetch_add(1, Ordering::Relaxed);
     }
@@ -494,6 +503,12 @@ async fn the_link_is_shown_hurried_and_measured() {
     );
     assert_eq!(shown.round_trip.unwrap().nanos, 25_000_000);
     assert!(shown.since.is_some() && shown.certificate_expires_at.is_some());
+    let piko = &shown.carriers[0];
+    assert_eq!(
+        (piko.name.as_str(), piko.state.as_str(), piko.peer.as_str()),
+        ("piko", "waiting", "pc at piko.example")
+    );
+    assert!(!piko.reason.contains('\u{1b}'), "{}", piko.reason);
     host.reconnect_core(ReconnectCoreRequest {}).await.unwrap();
     assert_eq!(link.reconnects.load(Ordering::Relaxed), 1);
 

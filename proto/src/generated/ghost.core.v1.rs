@@ -137,6 +137,10 @@ pub struct AgentHello {
     /// none. Another one than before means that the host's files were copied to another machine.
     #[prost(string, tag = "11")]
     pub machine_hash: ::prost::alloc::string::String,
+    /// The host made this link to follow its present one, as it has a new certificate. Core opens nothing
+    /// more on that one, and ends it when the streams over it have ended.
+    #[prost(bool, tag = "12")]
+    pub follows: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DirectAddress {

@@ -2,10 +2,11 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use ghost_domain::{HostId, Result};
+use ghost_domain::{HostId, Result, Timestamp};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -22,6 +23,9 @@ pub trait LinkTransport: Send + Sync {
     /// # Errors
     /// `HostOffline` where the link is over; `TooManyRequests` where too many are open.
     async fn open(&self) -> Result<Box<dyn ByteStream>>;
+
+    /// Streams that Core opened and that have not ended.
+    fn streams(&self) -> usize;
 
     /// Ends the link below.
     fn close(&self, reason: &str);
@@ -72,17 +76,31 @@ pub(super) struct Link {
     pub(super) number: u64,
     pub(super) transport: Arc<dyn LinkTransport>,
     pub(super) cut: Cut,
+    /// When its certificate ends, whatever it carries.
+    pub(super) expires_at: Timestamp,
+    /// The start of the agent that made it.
+    instance: String,
+    /// Whether a newer link of the same agent took its place, and it stays for what it carries.
+    followed: AtomicBool,
     left: CancellationToken,
     info: Mutex<LinkInfo>,
 }
 
 impl Link {
-    pub(super) fn new(host: HostId, transport: Arc<dyn LinkTransport>, info: LinkInfo) -> Self {
+    pub(super) fn new(
+        host: HostId,
+        transport: Arc<dyn LinkTransport>,
+        (instance, expires_at): (String, Timestamp),
+        info: LinkInfo,
+    ) -> Self {
         Self {
             host,
             number: rand::random(),
             transport,
             cut: Cut::default(),
+            expires_at,
+            instance,
+            followed: AtomicBool::new(false),
             left: CancellationToken::new(),
             info: Mutex::new(info),
         }
@@ -94,6 +112,11 @@ impl Link {
 
     pub(super) fn set_facts(&self, facts: HostLinkFacts) {
         self.info.lock().facts = facts;
+    }
+
+    /// Whether it stays for what it carries, though a newer one took its place.
+    pub(super) fn is_followed(&self) -> bool {
+        self.followed.load(Ordering::Acquire)
     }
 
     /// Its session takes no more part in what happens to the host.
@@ -126,14 +149,19 @@ impl Links {
     }
 
     /// Takes the place of the host's older link, which is told to go, and waits until it has left.
-    pub(super) async fn enter(&self, link: &Arc<Link>) {
+    /// Where it `follows` one of the same agent, that one ends only with the streams over it.
+    pub(super) async fn enter(&self, link: &Arc<Link>, follows: bool) {
         let older = self.all.lock().insert(link.host, Arc::clone(link));
         if let Some(older) = older {
+            let follows = follows && older.instance == link.instance;
+            older.followed.store(follows, Ordering::Release);
             older
                 .cut
                 .tell(Goodbye::new("replaced", "a newer link of this host came"));
             older.has_left(Duration::from_secs(2)).await;
-            older.transport.close("a newer link of this host came");
+            if !follows {
+                older.transport.close("a newer link of this host came");
+            }
         }
     }
 

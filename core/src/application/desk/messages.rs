@@ -6,7 +6,7 @@ use std::time::Duration;
 use ghost_domain::fleet::{CommandOutcome, CorePermissions, FleetCommand, FleetFacts, VmSummary};
 use ghost_domain::{ByteSize, Demand, HostResources, Result, Timestamp, VmId};
 
-use crate::domain::HostHealth;
+use crate::domain::{HostHealth, MachineHash};
 
 /// A host says.
 #[derive(Clone, Debug, PartialEq)]
@@ -49,6 +49,10 @@ pub struct HostHello {
     pub direct_addresses: Vec<(String, String)>,
     /// What seldom changes.
     pub facts: FleetFacts,
+    /// The machine that it runs on, as a hash of its own.
+    pub machine: Option<MachineHash>,
+    /// Its present link stays until the streams over it have ended.
+    pub follows: bool,
 }
 
 /// How a host is.

@@ -27,7 +27,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use ghost_domain::fleet::FleetFacts;
-use ghost_domain::{Error, ErrorCode, HostId, Result, TenantName};
+use ghost_domain::{Error, ErrorCode, HostId, Result, TenantName, Timestamp};
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
@@ -54,6 +54,8 @@ const MISSED_PINGS: u32 = 3;
 const HELLO_TIME: Duration = Duration::from_secs(10);
 /// How long a stream to a host may take to be opened.
 const OPEN_TIME: Duration = Duration::from_secs(10);
+/// How far the clocks of a host and of Core may be apart where a link ends with its certificate.
+const CLOCK_SKEW: Duration = Duration::from_secs(300);
 /// Starts of an agent that are remembered of each host.
 const KNOWN_INSTANCES: usize = 4;
 
@@ -85,6 +87,8 @@ pub struct HostPeer {
     pub generation: u64,
     /// SHA-256 of its public key.
     pub key_hash: [u8; 32],
+    /// When the certificate ends.
+    pub expires_at: Timestamp,
 }
 
 /// What the desk has counted since it began.
@@ -302,7 +306,7 @@ impl Desk {
         // Before anything is replaced or written.
         let admitted = self
             .fleet
-            .read(|state| admission(state.host(peer.host).map(AsRef::as_ref), peer));
+            .read(|state| admission(state.host(peer.host).map(AsRef::as_ref), peer, &hello));
         match admitted {
             Ok(_) => {}
             Err(Refusal::Known(goodbye)) => return Err(goodbye),
@@ -319,6 +323,7 @@ impl Desk {
         let link = Arc::new(Link::new(
             peer.host,
             Arc::clone(transport),
+            (hello.instance.clone(), peer.expires_at),
             LinkInfo {
                 carrier: hello.carrier.clone(),
                 direct_addresses: hello.direct_addresses.clone(),
@@ -326,7 +331,7 @@ impl Desk {
                 direct: DirectInfo::default(),
             },
         ));
-        self.links.enter(&link).await;
+        self.links.enter(&link, hello.follows).await;
         if let Err(goodbye) = self.attach(peer, &hello, &link).await {
             link.left();
             self.links.leave(&link);
@@ -361,7 +366,7 @@ impl Desk {
             .writer
             .change(peer.host, move |state, draft| {
                 let record = state.host(peer.host);
-                let used = match admission(record.map(AsRef::as_ref), &peer) {
+                let used = match admission(record.map(AsRef::as_ref), &peer, &hello) {
                     Ok(used) => used,
                     Err(Refusal::Known(goodbye)) => return Ok(Err(goodbye)),
                     // The next attempt locks it.
@@ -388,6 +393,7 @@ impl Desk {
                         agent_version: hello.agent_version.clone(),
                         permissions: hello.permissions,
                         facts: hello.facts.clone(),
+                        machine: record.machine.or(hello.machine),
                         last_heard_at: Some(now),
                         command_generation: record.command_generation.max(taken),
                         ..record
@@ -555,7 +561,11 @@ enum Refusal {
 }
 
 /// Whether a host's certificate lets it in, by its record; what it is to the record.
-fn admission(record: Option<&HostRecord>, peer: &HostPeer) -> Result<CertificateUse, Refusal> {
+fn admission(
+    record: Option<&HostRecord>,
+    peer: &HostPeer,
+    hello: &HostHello,
+) -> Result<CertificateUse, Refusal> {
     let refused = |code, message: &str| Err(Refusal::Known(Goodbye::new(code, message)));
     let record = match record {
         Some(record) if record.tenant == peer.tenant => record,
@@ -568,6 +578,16 @@ fn admission(record: Option<&HostRecord>, peer: &HostPeer) -> Result<Certificate
     }
     match record.certificate_use(peer.generation, &peer.key_hash) {
         CertificateUse::Cloned(reason) => Err(Refusal::Cloned(reason)),
+        // A machine that does not say which it is was let in before it could, or has no id.
+        _ if record
+            .machine
+            .zip(hello.machine)
+            .is_some_and(|(known, now)| known != now) =>
+        {
+            Err(Refusal::Cloned(
+                "its files are used on another machine than the one that it came from".into(),
+            ))
+        }
         other => Ok(other),
     }
 }

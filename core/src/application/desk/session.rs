@@ -16,7 +16,7 @@ use tokio::time::{Instant, Sleep};
 
 use super::links::Link;
 use super::messages::{ControlReader, ControlWriter, FromHost, Goodbye, HostHeartbeat, ToHost};
-use super::{Desk, MISSED_PINGS};
+use super::{CLOCK_SKEW, Desk, MISSED_PINGS};
 use crate::application::fleet::LiveHost;
 use crate::domain::{HostLife, Inventory, QueuedCommand};
 
@@ -148,7 +148,52 @@ impl<R: ControlReader, W: ControlWriter> Session<R, W> {
             // A host that does not read is left without it.
             let _ = tokio::time::timeout(Duration::from_secs(2), flushed).await;
         }
+        if self.link.is_followed() {
+            self.drain().await;
+        }
         end
+    }
+
+    /// Keeps the link while calls go on over it that were begun before a newer one took its place.
+    async fn drain(&mut self) {
+        let interval = self.desk.options.ping_interval;
+        let mut tick = tokio::time::interval(interval);
+        loop {
+            let waiting = self.writer.is_waiting();
+            tokio::select! {
+                _ = tick.tick() => {
+                    let unheard = self.heard.elapsed() >= interval * MISSED_PINGS;
+                    let host = self.host;
+                    let admitted = self.desk.fleet.read(|state| {
+                        state.host(host).is_some_and(|record| record.life == HostLife::Active)
+                    });
+                    if self.link.transport.streams() == 0
+                        || unheard
+                        || !admitted
+                        || self.has_expired()
+                    {
+                        return;
+                    }
+                    self.ping += 1;
+                    if self.writer.queue(ToHost::Ping(self.ping)).is_err() {
+                        return;
+                    }
+                }
+                flushed = self.writer.flush(), if waiting => if flushed.is_err() {
+                    return;
+                },
+                // What it says belongs on the newer link; that it says something is enough.
+                message = self.reader.next() => match message {
+                    Ok(Some(_)) => self.heard = Instant::now(),
+                    Ok(None) | Err(_) => return,
+                },
+            }
+        }
+    }
+
+    /// Whether the certificate that the link was made with is over, by any clock.
+    fn has_expired(&self) -> bool {
+        self.desk.fleet.clock().now() >= self.link.expires_at.after(CLOCK_SKEW)
     }
 
     async fn speak(&mut self) -> Result<End> {
@@ -220,6 +265,13 @@ impl<R: ControlReader, W: ControlWriter> Session<R, W> {
         if late {
             self.heard = self.heard.max(now - interval.min(now - self.heard));
             self.unsent = self.unsent.map(|_| now);
+        }
+        if self.has_expired() {
+            let message = "the certificate of this link ended; a link with the renewed one is due";
+            return Ok(Some(End::Goodbye(Goodbye::new(
+                "certificate_expired",
+                message,
+            ))));
         }
         let longest = interval * MISSED_PINGS;
         let silent = now - self.heard;

@@ -169,6 +169,7 @@ impl HostEnrolment {
                     certificate_generation: 1,
                     key_hash,
                     previous_key_hash: None,
+                    machine: None,
                     certificate_expires_at: issued.expires_at,
                     enrolled_at: now,
                     agent_version: agent_version.clone(),

@@ -53,6 +53,7 @@ fn host(id: u128, of: &str, name: &str) -> HostRecord {
         certificate_generation: 1,
         key_hash: [0; 32],
         previous_key_hash: None,
+        machine: None,
         certificate_expires_at: Timestamp::default(),
         enrolled_at: Timestamp::default(),
         agent_version: String::new(),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use ghost_domain::{Error, ErrorCode, Result};
+use ghost_domain::{Error, ErrorCode, Result, Timestamp};
 use ghost_infrastructure::tunnel::messages::{MessageReader, MessageWriter};
 use ghost_infrastructure::tunnel::{Limits, Side, TunnelHandle, begin};
 use tokio::net::TcpStream;
@@ -30,6 +30,9 @@ pub(super) async fn serve(
     address: SocketAddr,
     place: OwnedSemaphorePermit,
 ) {
+    let expires_at = shown
+        .as_ref()
+        .map_or_else(Timestamp::default, |shown| shown.expires_at);
     let peer = match shown.map(|shown| shown.identity) {
         Some(Ok(PeerIdentity::Host {
             tenant,
@@ -41,6 +44,7 @@ pub(super) async fn serve(
             host,
             generation,
             key_hash,
+            expires_at,
         },
         other => {
             // No host has such a certificate, so nobody is there who could read a goodbye.
@@ -87,6 +91,10 @@ impl LinkTransport for Carried {
             .because(error)
             .retry_after(Duration::from_secs(1))),
         }
+    }
+
+    fn streams(&self) -> usize {
+        self.0.streams().1
     }
 
     fn close(&self, reason: &str) {

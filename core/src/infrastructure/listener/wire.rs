@@ -130,6 +130,13 @@ fn hello(hello: proto::AgentHello) -> HostHello {
             .map(|one| (clean_text(&one.provider, 32), one.address))
             .collect(),
         facts: facts(&hello.facts.unwrap_or_default()),
+        machine: {
+            let mut machine = [0; 32];
+            hex::decode_to_slice(&hello.machine_hash, &mut machine)
+                .ok()
+                .map(|()| machine)
+        },
+        follows: hello.follows,
     }
 }
 

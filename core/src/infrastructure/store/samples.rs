@@ -56,6 +56,7 @@ pub(super) fn host(id: u128) -> HostRecord {
         certificate_generation: 7,
         key_hash: [7; 32],
         previous_key_hash: Some([6; 32]),
+        machine: Some([5; 32]),
         certificate_expires_at: at(2),
         enrolled_at: at(3),
         agent_version: "0.1.0".into(),

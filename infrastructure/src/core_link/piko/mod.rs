@@ -160,6 +160,12 @@ impl PikoService {
         self.incoming.lock().take()
     }
 
+    /// The server and the endpoint, for people.
+    pub fn peer(&self) -> String {
+        let server = self.target.address.host_str().unwrap_or_default();
+        format!("{} at {server}", self.target.endpoint)
+    }
+
     /// How it fares.
     pub fn state(&self) -> PikoState {
         self.state.lock().clone()

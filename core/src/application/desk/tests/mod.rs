@@ -218,6 +218,136 @@ async fn an_identity_on_two_machines_is_locked() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_link_ends_with_its_certificate() {
+    let core = core(MemoryStore::new(), "core-1").await.unwrap();
+    let host = core.add_host().await;
+    let ends = core.fleet.clock().now().after(Duration::from_secs(3600));
+    let mut link = core.link(HostPeer {
+        expires_at: ends,
+        ..peer(host)
+    });
+    link.hello("a");
+    assert!(matches!(link.next().await, Some(ToHost::Welcome(_))));
+    // Clocks may be a little apart.
+    core.clock.turn(Duration::from_secs(3600 + 290));
+    link.say(FromHost::Ping(1));
+    assert_eq!(link.next().await, Some(ToHost::Pong(1)));
+    tokio::time::sleep(Duration::from_secs(12)).await;
+    link.say(FromHost::Ping(2));
+    assert_eq!(link.next().await, Some(ToHost::Pong(2)));
+    core.clock.turn(Duration::from_secs(10));
+    assert_eq!(link.goodbye().await, "certificate_expired");
+    link.served.await.unwrap();
+    assert!(!core.desk.has(host));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_link_that_is_followed_stays_for_what_it_carries() {
+    let core = core(MemoryStore::new(), "core-1").await.unwrap();
+    let host = core.add_host().await;
+    let follow = async || {
+        let mut link = core.link(peer(host));
+        let mut hello = hello("a", 0);
+        if let FromHost::Hello(hello) = &mut hello {
+            hello.follows = true;
+        }
+        link.say(hello);
+        assert!(matches!(link.next().await, Some(ToHost::Welcome(_))));
+        link
+    };
+    let mut first = core.linked(host).await;
+    let way = core.desk.way(host).await;
+    first.streams.store(1, Ordering::SeqCst);
+    let mut second = follow().await;
+    assert_ne!(core.desk.way(host).await, way, "new calls go another way");
+    assert_eq!(first.goodbye().await, "replaced");
+    // A minute later its call still goes on; it answers pings, and nothing else is asked of it.
+    for _ in 0..12 {
+        match first.from_core.recv().await {
+            Some(ToHost::Ping(number)) => first.say(FromHost::Pong(number)),
+            other => panic!("{other:?}"),
+        }
+        assert!(matches!(
+            second.from_core.recv().await,
+            Some(ToHost::Ping(_))
+        ));
+        second.say(FromHost::Ping(0));
+        assert_eq!(second.next().await, Some(ToHost::Pong(0)));
+    }
+    assert!(!first.closed.is_cancelled());
+    first.streams.store(0, Ordering::SeqCst);
+    first.closed.cancelled().await;
+    first.served.await.unwrap();
+    assert!(core.desk.has(host), "the newer one is not touched by that");
+    assert_eq!(core.desk.link_count(), 1);
+
+    // One that says nothing is not waited for, and neither is one of a host that was revoked.
+    second.streams.store(1, Ordering::SeqCst);
+    let mut third = follow().await;
+    second.closed.cancelled().await;
+    third.streams.store(1, Ordering::SeqCst);
+    let _fourth = follow().await;
+    core.change_host(host, |record| {
+        record.life = HostLife::Revoked {
+            since: ghost_domain::Timestamp::default(),
+        };
+    })
+    .await;
+    let closed = third.closed.clone();
+    let answering = async {
+        loop {
+            match third.from_core.recv().await {
+                Some(ToHost::Ping(number)) => third.say(FromHost::Pong(number)),
+                Some(_) => {}
+                None => std::future::pending().await,
+            }
+        }
+    };
+    let began = tokio::time::Instant::now();
+    tokio::select! {
+        () = closed.cancelled() => {}
+        () = answering => {}
+    }
+    assert!(began.elapsed() < Duration::from_secs(300));
+}
+
+#[tokio::test(start_paused = true)]
+async fn files_that_are_copied_to_another_machine_lock_the_host() {
+    let core = core(MemoryStore::new(), "core-1").await.unwrap();
+    let host = core.add_host().await;
+    let enter = async |machine: Option<[u8; 32]>| {
+        let mut link = core.link(peer(host));
+        let mut hello = hello("a", 0);
+        if let FromHost::Hello(hello) = &mut hello {
+            hello.machine = machine;
+        }
+        link.say(hello);
+        match link.next().await {
+            Some(ToHost::Welcome(_)) => "welcome",
+            Some(ToHost::Goodbye(goodbye)) => goodbye.code,
+            other => panic!("{other:?}"),
+        }
+    };
+    let known = || core.fleet.read(|state| state.host(host).unwrap().machine);
+    // An agent that is too old to say it, then the same machine again and again.
+    for machine in [None, Some([1; 32]), Some([1; 32]), None] {
+        assert_eq!(enter(machine).await, "welcome", "{machine:?}");
+    }
+    assert_eq!(known(), Some([1; 32]));
+    assert_eq!(enter(Some([2; 32])).await, "cloned_identity");
+    assert_eq!(core.state(host), "locked");
+    assert_eq!(enter(Some([1; 32])).await, "cloned_identity");
+    // Its owner decides, and the machine that comes then is the right one.
+    core.change_host(host, |record| {
+        record.life = HostLife::Active;
+        record.machine = None;
+    })
+    .await;
+    assert_eq!(enter(Some([2; 32])).await, "welcome");
+    assert_eq!(known(), Some([2; 32]));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_difference_in_what_is_known_asks_for_all_and_never_for_ever() {
     let core = core(MemoryStore::new(), "core-1").await.unwrap();
     let host = core.add_host().await;

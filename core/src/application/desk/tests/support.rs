@@ -125,13 +125,16 @@ impl Core {
             waiting: Vec::new(),
             messages: to_host,
         };
-        let transport = Arc::new(FakeTransport(closed.clone()));
+        let streams = Arc::new(AtomicUsize::new(0));
+        let transport = Arc::new(FakeTransport(closed.clone(), Arc::clone(&streams)));
         let desk = Arc::clone(&self.desk);
         let served = tokio::spawn(async move { desk.serve(peer, transport, reader, writer).await });
         FakeLink {
             to_core,
             from_core,
             served,
+            streams,
+            closed,
         }
     }
 
@@ -167,6 +170,7 @@ fn record(id: HostId) -> HostRecord {
         certificate_generation: 3,
         key_hash: [3; 32],
         previous_key_hash: Some([2; 32]),
+        machine: None,
         certificate_expires_at: Timestamp::default(),
         enrolled_at: Timestamp::default(),
         agent_version: String::new(),
@@ -183,6 +187,7 @@ pub(super) fn peer(host: HostId) -> HostPeer {
         host,
         generation: 3,
         key_hash: [3; 32],
+        expires_at: Timestamp::from_unix_millis(i64::MAX),
     }
 }
 
@@ -190,6 +195,10 @@ pub(super) struct FakeLink {
     pub(super) to_core: mpsc::UnboundedSender<FromHost>,
     pub(super) from_core: mpsc::UnboundedReceiver<ToHost>,
     pub(super) served: JoinHandle<()>,
+    /// Streams that Core has open.
+    pub(super) streams: Arc<AtomicUsize>,
+    /// The link below is over.
+    pub(super) closed: CancellationToken,
 }
 
 impl FakeLink {
@@ -232,6 +241,8 @@ pub(super) fn hello(instance: &str, command_generation: u64) -> FromHost {
         carrier: "link".into(),
         direct_addresses: Vec::new(),
         facts: FleetFacts::default(),
+        machine: None,
+        follows: false,
     }))
 }
 
@@ -333,7 +344,7 @@ impl ControlWriter for FakeWriter {
     }
 }
 
-struct FakeTransport(CancellationToken);
+struct FakeTransport(CancellationToken, Arc<AtomicUsize>);
 
 #[async_trait]
 impl LinkTransport for FakeTransport {
@@ -343,6 +354,10 @@ impl LinkTransport for FakeTransport {
         }
         let (near, _far) = tokio::io::duplex(16);
         Ok(Box::new(near))
+    }
+
+    fn streams(&self) -> usize {
+        self.1.load(Ordering::SeqCst)
     }
 
     fn close(&self, _reason: &str) {
