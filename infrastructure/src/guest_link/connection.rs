@@ -52,10 +52,11 @@ const VIOLATIONS: (f64, f64) = (2.0, 1.0 / 60.0);
 const BATCH: usize = 32;
 /// Room for the first read; it doubles while reads fill it, up to the second.
 const CHUNK: (usize, usize) = (4 * 1024, 256 * 1024);
-/// Greetings on a connection over which nothing ever came, at growing distances (50 s in all): it is
-/// made anew. A port that was disconnected in the midst of a flood can be left without a voice, and
-/// QEMU resets it with the next disconnection only.
-const UNHEARD: u32 = 4;
+/// Greetings without a byte in return, at growing distances (50 s in all): the connection is made
+/// anew. A port that was disconnected in the midst of a flood can be left without a voice, and QEMU
+/// resets it with the next disconnection only. Where that does not help either, as with a guest that
+/// is paused, it is tried less and less often: twice as many greetings each time, up to the second.
+const UNHEARD: (u32, u32) = (4, 64);
 /// An empty buffer larger than the smallest read is given back after this.
 const IDLE: Duration = Duration::from_secs(1);
 
@@ -63,7 +64,7 @@ const IDLE: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(super) enum Ended {
     Lost(String),
-    /// Not a byte came, for a long time.
+    /// Not a byte has come for a long time.
     Mute,
     Misbehaved(String),
 }
@@ -77,7 +78,8 @@ pub(super) struct Connection {
     /// The session of the greeting that was sent last.
     greeting: [u8; 16],
     greeted_at: Instant,
-    greetings: u32,
+    /// Greetings since anything came.
+    unheard: u32,
     session: Option<Arc<Session>>,
     has_greeted: bool,
     /// When anything sound came last.
@@ -87,8 +89,8 @@ pub(super) struct Connection {
     /// Since when a frame waits for its rest.
     partial: Option<Instant>,
     read_at: Instant,
-    /// Anything came.
-    has_read: bool,
+    /// Whoever took it keeps the channel: it is not closed with this.
+    kept: bool,
     /// Nothing is read before this.
     paused: Option<Instant>,
     /// The decoder may hold whole frames.
@@ -117,7 +119,7 @@ impl Connection {
             chunk: CHUNK.0,
             greeting: [0; 16],
             greeted_at: now,
-            greetings: 0,
+            unheard: 0,
             session: None,
             has_greeted: false,
             heard: now,
@@ -125,7 +127,7 @@ impl Connection {
             ping_id: random_id(),
             partial: None,
             read_at: now,
-            has_read: false,
+            kept: false,
             paused: None,
             unfinished: false,
             frames: bucket(FRAMES),
@@ -142,6 +144,13 @@ impl Connection {
     /// Whether an agent greeted on it.
     pub(super) fn has_greeted(&self) -> bool {
         self.has_greeted
+    }
+
+    /// Ends it and keeps the channel as it is: nothing is sent any more, and nothing read.
+    pub(super) fn keep(mut self) -> Arc<Wire> {
+        self.kept = true;
+        self.wire.end();
+        Arc::clone(&self.wire)
     }
 
     /// Serves it to its end.
@@ -216,7 +225,10 @@ impl Connection {
                     self.chunk = (chunk * 2).min(CHUNK.1);
                 }
                 self.read_at = Instant::now();
-                self.has_read = true;
+                if self.unheard > 0 {
+                    self.unheard = 0;
+                    self.link.memory.lock().mutes = 0;
+                }
                 self.unfinished = true;
                 Ok(())
             }
@@ -410,14 +422,13 @@ impl Connection {
     /// Greets, in a session of its own: what is of an earlier one is told apart by that.
     fn greet(&mut self, now: Instant) {
         self.greeting = random_id();
-        self.greetings = 0;
         self.send_greeting(now);
     }
 
     fn send_greeting(&mut self, now: Instant) {
         let shared = &self.link.shared;
         self.greeted_at = now;
-        self.greetings += 1;
+        self.unheard = self.unheard.saturating_add(1);
         self.wire.send_short(&AgentMessage {
             message_id: Vec::new(),
             session: self.greeting.to_vec(),
@@ -517,8 +528,8 @@ impl Connection {
         let mut next = match &self.session {
             Some(_) => self.listen(now, &limits),
             None => {
-                let again = self.greeted_at + limits.greet_again * self.greetings.clamp(1, 6);
-                if now >= again && self.greetings >= UNHEARD && !self.has_read {
+                let again = self.greeted_at + limits.greet_again * self.unheard.clamp(1, 6);
+                if now >= again && self.is_mute() {
                     return Err(Ended::Mute);
                 }
                 if now >= again && !self.wire.is_blocked() {
@@ -541,6 +552,19 @@ impl Connection {
             }
         }
         Ok(next)
+    }
+
+    fn is_mute(&self) -> bool {
+        let (first, most) = UNHEARD;
+        if self.unheard < first {
+            return false;
+        }
+        let mut memory = self.link.memory.lock();
+        if self.unheard < first.saturating_mul(1 << memory.mutes.min(16)).min(most) {
+            return false;
+        }
+        memory.mutes += 1;
+        true
     }
 
     /// Asks a guest that says nothing whether it is there.
@@ -581,7 +605,9 @@ impl Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        self.wire.close();
+        if !self.kept {
+            self.wire.close();
+        }
     }
 }
 

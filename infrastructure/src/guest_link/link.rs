@@ -1,5 +1,13 @@
 //! The link to one VM: connecting to the socket at which QEMU listens, again and again, and what of
 //! it outlives a connection.
+//!
+//! # Letting go of a port in a flood
+//! Where the host hangs up while QEMU waits with the rest of what a guest has written (the socket is
+//! full), QEMU takes that buffer off the port's queue and never gives it back to the guest (seen with
+//! QEMU 10.0: `virtqueue_detach_element` in `hw/char/virtio-serial-bus.c`). A queue has 128 of them;
+//! when all are lost, that port is dumb until the guest restarts. So whoever is held off is not hung
+//! up on: its channel is left unread, which costs nothing and stops it by its own full queue, and it
+//! is let go once it is quiet.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,6 +29,13 @@ use super::session::{Session, unreachable};
 
 /// QEMU accepts at once, or it hangs.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
+/// How much in how long is so little that QEMU had no need to wait: far less than a socket holds.
+const QUIET: (usize, Duration) = (64 * 1024, Duration::from_millis(100));
+/// What is thrown away at the end of a hold-off, before a guest is said to flood on: more than the
+/// queue of its port and the socket hold.
+const MOST_LEFT: usize = 8 << 20;
+/// Thrown away at a time, and the pause after it: others have their turn.
+const PIECE: (usize, Duration) = (128 * 1024, Duration::from_millis(2));
 /// A guest that behaved for so long has paid for what it did.
 const FORGIVEN_AFTER: Duration = Duration::from_secs(600);
 
@@ -42,6 +57,8 @@ pub(super) struct Memory {
     pub(super) boot_id: Option<String>,
     /// New lives of the agent or the guest that are believed.
     pub(super) restarts: Bucket,
+    /// Connections one after the other that were given up because nothing came.
+    pub(super) mutes: u32,
 }
 
 impl Link {
@@ -55,6 +72,7 @@ impl Link {
             memory: Mutex::new(Memory {
                 boot_id: None,
                 restarts: Bucket::new(8.0, 0.2),
+                mutes: 0,
             }),
         }
     }
@@ -141,7 +159,11 @@ impl Link {
                     if connection.has_greeted() {
                         pause = limits.reconnect.0;
                     }
-                    drop(connection);
+                    // Only whoever is held off stays connected.
+                    let wire = connection.keep();
+                    if !matches!(ended, Ended::Misbehaved(_)) {
+                        wire.close();
+                    }
                     match ended {
                         Ended::Lost(cause) => {
                             self.disconnected(&cause);
@@ -151,16 +173,28 @@ impl Link {
                         }
                         // To whoever looks the channel is still there: nothing else was known of it.
                         Ended::Mute => limits.reconnect.0,
-                        Ended::Misbehaved(detail) => {
+                        Ended::Misbehaved(mut detail) => {
                             self.disconnected("it broke the rules of the protocol");
-                            if held_off_at.is_some_and(|at| at.elapsed() > FORGIVEN_AFTER) {
-                                hold_off = limits.hold_off.0;
+                            loop {
+                                if held_off_at.is_some_and(|at| at.elapsed() > FORGIVEN_AFTER) {
+                                    hold_off = limits.hold_off.0;
+                                }
+                                let wait = hold_off;
+                                hold_off = (hold_off * 2).min(limits.hold_off.1);
+                                held_off_at = Some(Instant::now() + wait);
+                                self.hold_off(wait, &detail);
+                                let quiet = async {
+                                    tokio::time::sleep(wait).await;
+                                    is_quiet(&wire.stream).await
+                                };
+                                tokio::select! {
+                                    () = self.stop.cancelled() => break,
+                                    quiet = quiet => if quiet { break },
+                                }
+                                "a flood that goes on while it is held off".clone_into(&mut detail);
                             }
-                            let wait = hold_off;
-                            hold_off = (hold_off * 2).min(limits.hold_off.1);
-                            held_off_at = Some(Instant::now() + wait);
-                            self.hold_off(wait, &detail);
-                            wait
+                            wire.close();
+                            Duration::ZERO
                         }
                     }
                 }
@@ -197,6 +231,42 @@ impl Link {
     pub(super) fn stop(&self, reason: &str) {
         self.stop.cancel();
         self.end_session(reason);
+    }
+}
+
+/// Throws away what has come, and says whether so little comes now that the channel can be let go.
+async fn is_quiet(stream: &UnixStream) -> bool {
+    let mut buffer = vec![0; PIECE.0];
+    let mut left = MOST_LEFT;
+    loop {
+        // What comes within this window.
+        let mut came = 0;
+        let window = Instant::now() + QUIET.1;
+        while tokio::time::timeout_at(window, stream.readable())
+            .await
+            .is_ok()
+        {
+            match stream.try_read(&mut buffer) {
+                Ok(count @ 1..) => {
+                    came += count;
+                    left = left.saturating_sub(count);
+                }
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        std::io::ErrorKind::WouldBlock | std::io::ErrorKind::Interrupted
+                    ) => {}
+                // Nobody is there any more.
+                Ok(0) | Err(_) => return true,
+            }
+            if left == 0 {
+                return false;
+            }
+            tokio::time::sleep(PIECE.1).await;
+        }
+        if came < QUIET.0 {
+            return true;
+        }
     }
 }
 

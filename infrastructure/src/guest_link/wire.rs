@@ -205,14 +205,18 @@ impl Wire {
         self.flush(&mut self.out.lock());
     }
 
-    /// Nothing is sent any more.
-    pub(super) fn close(&self) {
-        let mut out = self.out.lock();
-        *out = Outgoing {
+    /// Nothing is sent any more; to the guest the channel stays open.
+    pub(super) fn end(&self) {
+        *self.out.lock() = Outgoing {
             closed: true,
             ..Outgoing::default()
         };
         self.room.close();
+    }
+
+    /// Nothing is sent any more, and the channel is let go.
+    pub(super) fn close(&self) {
+        self.end();
         // Calls that somebody still holds keep the socket open: QEMU, and by it the guest, learn
         // now that nobody is there. It fails where the other side is gone already.
         let _ = rustix::net::shutdown(&self.stream, rustix::net::Shutdown::Both);

@@ -14,6 +14,8 @@ use ghost_domain::{ErrorCode, VmId};
 use ghost_infrastructure::guest_link::VirtioGuestLinks;
 use ghost_proto::guest::v1::Stream;
 use ghost_proto::guest::v1::agent_message::Payload;
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::UnixStream;
 
 use super::fake::eventually;
 use super::hostile::{Behaviour, attack};
@@ -328,4 +330,49 @@ async fn an_answer_to_another_call_reaches_nobody_else() {
     };
     guest.send_raw(&super::fake::encode(&forged)).await;
     assert!(links.status(one).hello.is_some());
+}
+
+/// QEMU loses a buffer of the guest's port whenever it is hung up on in the midst of a flood; so a
+/// flood is waited out, and the port let go when it is quiet.
+#[tokio::test]
+async fn nobody_hangs_up_on_a_flood() {
+    let links = quick();
+    let vm = VmId::random();
+    let channel = super::fake::Channel::new();
+    links.attach(vm, channel.path());
+    let mut events = links.subscribe();
+    let guest = within(channel.accept()).await;
+    let (stop, mut stopped) = tokio::sync::oneshot::channel::<()>();
+    let flood = tokio::spawn(async move {
+        let noise = vec![b'A'; 256 * 1024];
+        let mut stream = guest.stream;
+        loop {
+            tokio::select! {
+                _ = &mut stopped => return Ok(stream),
+                written = stream.write_all(&noise) => written?,
+            }
+        }
+    });
+    let mut details = Vec::new();
+    while details.len() < 3 {
+        if let GuestEvent::Misbehaved { detail, .. } = next(&mut *events).await {
+            details.push(detail);
+        }
+        assert!(!flood.is_finished(), "hung up after {details:?}");
+    }
+    assert_eq!(details[0], "bytes that belong to no frame");
+    assert!(details[2].contains("goes on"), "{details:?}");
+    assert!(links.status(vm).held_off_until.is_some());
+    stop.send(()).unwrap();
+    let flooded: std::io::Result<UnixStream> = flood.await.unwrap();
+    let _still_there = flooded.unwrap();
+    // Quiet, and still there: now it is let go, and met anew.
+    let mut guest = within(channel.accept()).await;
+    guest.greet().await;
+    loop {
+        if let GuestEvent::Connected { .. } = next(&mut *events).await {
+            break;
+        }
+    }
+    assert_eq!(links.status(vm).held_off_until, None);
 }

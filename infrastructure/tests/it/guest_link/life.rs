@@ -170,6 +170,26 @@ async fn a_connection_over_which_nothing_ever_comes_is_made_anew() {
 }
 
 #[tokio::test]
+async fn a_connection_that_falls_silent_for_good_is_made_anew() {
+    let links = links_with(|limits| {
+        limits.greet_again = Duration::from_millis(5);
+        limits.ping_after = Duration::from_millis(5);
+        limits.silence = Duration::from_millis(20);
+    });
+    let vm = VmId::random();
+    let channel = Channel::new();
+    links.attach(vm, channel.path());
+    let mut events = links.subscribe();
+    // Its agent has greeted, and then nothing comes of the port any more.
+    let mute = within(channel.greeted()).await;
+    wait_connected(&mut *events, vm).await;
+    let mut guest = within(channel.accept()).await;
+    guest.greet().await;
+    wait_connected(&mut *events, vm).await;
+    drop(mute);
+}
+
+#[tokio::test]
 async fn a_guest_that_answers_pings_is_never_lost() {
     let links = links_with(|limits| {
         limits.ping_after = Duration::from_millis(5);
