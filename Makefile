@@ -13,7 +13,7 @@ GUEST_TARGET := x86_64-unknown-linux-gnu
 GUEST   := $(or $(CARGO_TARGET_DIR),target)/$(GUEST_TARGET)/guest
 
 .DEFAULT_GOAL := help
-.PHONY: help deps cargo-there build guest hostile guest-packages images demo demo-fleet test lint proto bench install uninstall clean
+.PHONY: help deps cargo-there build guest hostile guest-packages images demo demo-fleet test lint fuzz proto bench install uninstall clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,7 +46,7 @@ hostile: cargo-there
 
 guest-packages: guest ## the same as .deb and .rpm (needs cargo-deb and cargo-generate-rpm)
 	@for tool in cargo-deb cargo-generate-rpm; do command -v $$tool >/dev/null || { \
-	  echo "make: $$tool is missing: cargo install $$tool" >&2; exit 1; }; done
+	  echo "make: $$tool is missing: cargo install --locked cargo-deb cargo-generate-rpm" >&2; exit 1; }; done
 	cd guest && $(CARGO) deb --no-build --no-strip --output $(CURDIR)/$(BUILD)/guest/
 	$(CARGO) generate-rpm -p guest --output $(BUILD)/guest/
 	@ls -l $(BUILD)/guest/
@@ -68,9 +68,12 @@ lint: cargo-there ## formatting, clippy, shell scripts
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	@if command -v shellcheck >/dev/null; then \
-	  shellcheck -x -P SCRIPTDIR deploy/*.sh deploy/images/*.sh deploy/guest/*.sh .ci/run && \
+	  shellcheck -x -P SCRIPTDIR deploy/*.sh deploy/images/*.sh deploy/guest/*.sh deploy/packages/*.sh .ci/run && \
 	  shellcheck -s dash deploy/packages/deb/* deploy/packages/rpm/* deploy/packages/ghost-guest.sysv $$(grep -l "^#!/bin/sh" deploy/images/tiny/*); \
 	else echo "lint: shell scripts skipped (shellcheck is not installed)"; fi
+
+fuzz: cargo-there ## libFuzzer on what guests and hosts send, FUZZ_SECONDS each (needs cargo-fuzz)
+	@deploy/fuzz.sh
 
 proto: cargo-there ## generated protobuf code anew, from proto/
 	GHOST_PROTO_WRITE=1 $(CARGO) test -p ghost-proto --test generate

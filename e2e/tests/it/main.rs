@@ -28,6 +28,7 @@ mod honesty;
 mod hostile;
 mod inside;
 mod life;
+mod packages;
 mod pull;
 mod random;
 mod remote;

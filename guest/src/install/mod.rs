@@ -199,10 +199,22 @@ impl Install {
                 link(path, &level.join("ghost-guest"))?;
             }
             Service::SysV => {
-                for level in 2..=5 {
-                    let directory = self.inside(Path::new(&format!("/etc/rc{level}.d")));
-                    if directory.is_dir() {
-                        link("../init.d/ghost-guest", &directory.join("S20ghost-guest"))?;
+                // Where the scripts are started by their dependencies, as Debian does, a link alone
+                // starts nothing: the distribution's own program keeps both.
+                let keeper = [
+                    ("/usr/sbin/update-rc.d", ["ghost-guest", "defaults"]),
+                    ("/sbin/chkconfig", ["--add", "ghost-guest"]),
+                ]
+                .into_iter()
+                .find(|(program, _)| here && Path::new(program).exists());
+                if let Some((program, arguments)) = keeper {
+                    run(program, &arguments)?;
+                } else {
+                    for level in 2..=5 {
+                        let directory = self.inside(Path::new(&format!("/etc/rc{level}.d")));
+                        if directory.is_dir() {
+                            link("../init.d/ghost-guest", &directory.join("S20ghost-guest"))?;
+                        }
                     }
                 }
                 if here {

@@ -76,7 +76,7 @@ PIDFILE=/var/run/ghost-guest.pid
 LOG=/var/log/ghost-guest.log
 
 running() {{
-    [ -s \"$PIDFILE\" ] && kill -0 \"$(cat \"$PIDFILE\")\" 2>/dev/null
+    [ -s \"$PIDFILE\" ] && [ \"$(cat \"/proc/$(cat \"$PIDFILE\")/comm\" 2>/dev/null)\" = ghost-guest ]
 }}
 
 start() {{
@@ -86,7 +86,15 @@ start() {{
 }}
 
 stop() {{
-    running && kill \"$(cat \"$PIDFILE\")\"
+    if running; then
+        kill \"$(cat \"$PIDFILE\")\"
+        # Whoever starts it next finds the channel free.
+        n=0
+        while running && [ $n -lt 10 ]; do
+            sleep 1
+            n=$((n + 1))
+        done
+    fi
     rm -f \"$PIDFILE\"
 }}
 
