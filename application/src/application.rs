@@ -157,6 +157,8 @@ pub struct UseCases {
     pub list_guest_files: guest::ListGuestFiles,
     /// See [`guest::MakeGuestDirectory`].
     pub make_guest_directory: guest::MakeGuestDirectory,
+    /// See [`guest::MakeGuestLink`].
+    pub make_guest_link: guest::MakeGuestLink,
     /// See [`guest::ReadGuestFile`].
     pub read_guest_file: guest::ReadGuestFile,
     /// See [`guest::WriteGuestFile`].
@@ -527,6 +529,7 @@ fn use_cases(
         stat_guest_file: guest::StatGuestFile { door: door() },
         list_guest_files: guest::ListGuestFiles { door: door() },
         make_guest_directory: guest::MakeGuestDirectory { door: door() },
+        make_guest_link: guest::MakeGuestLink { door: door() },
         read_guest_file: guest::ReadGuestFile { door: door() },
         write_guest_file: guest::WriteGuestFile { door: door() },
         shutdown_guest: guest::ShutdownGuest { door: door() },

@@ -499,6 +499,33 @@ pub struct DirectoryMake {
     pub make_parents: bool,
 }
 
+/// A symbolic link to make in a guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LinkMake {
+    /// Absolute path.
+    pub path: String,
+    /// What it says; nobody looks at what it leads to.
+    pub target: String,
+    /// Its owner and group; `None`: root.
+    pub owner: Option<(u32, u32)>,
+    /// When it was last changed; `None`: now.
+    pub modified_at: Option<Timestamp>,
+}
+
+/// Checks what a symbolic link says: 1 to 4,095 bytes, no NUL (`symlink(2)`).
+///
+/// # Errors
+/// [`ErrorCode::InvalidArgument`].
+pub fn check_link_target(target: &str) -> Result<(), Error> {
+    if (1..4096).contains(&target.len()) && !target.contains('\0') {
+        return Ok(());
+    }
+    Err(
+        Error::new(ErrorCode::InvalidArgument, "no link can say this")
+            .field("target", "1 to 4095 bytes without NUL bytes"),
+    )
+}
+
 /// Checks a path in a guest: absolute, bounded, no NUL. What it leads to is the guest's matter.
 ///
 /// # Errors

@@ -66,6 +66,7 @@ pub fn message_in(directory: &Path, data: &[u8]) {
     let options = Options {
         capabilities: vec![
             Capability::Files,
+            Capability::Links,
             Capability::Power,
             Capability::Clock,
             Capability::Password,
@@ -108,6 +109,7 @@ pub fn message_in(directory: &Path, data: &[u8]) {
             Some(Payload::FileStat(request)) => request.path.insert_str(0, &root),
             Some(Payload::FileList(request)) => request.path.insert_str(0, &root),
             Some(Payload::MakeDirectory(request)) => request.path.insert_str(0, &root),
+            Some(Payload::MakeLink(request)) => request.path.insert_str(0, &root),
             _ => {}
         }
         // A greeting of its own would end the session that the ping belongs to.

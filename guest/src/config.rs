@@ -110,12 +110,13 @@ impl Config {
                 format!("disabled: {name:?} is none of {}", known.join(", "))
             })?;
             config.capabilities.retain(|other| *other != one);
-            // A terminal without programs is nothing.
-            if one == Capability::Exec {
-                config
-                    .capabilities
-                    .retain(|other| *other != Capability::Pty);
-            }
+            // A terminal without programs is nothing, nor is a link where no file may be written.
+            let with_it = match one {
+                Capability::Exec => Some(Capability::Pty),
+                Capability::Files => Some(Capability::Links),
+                _ => None,
+            };
+            config.capabilities.retain(|other| Some(*other) != with_it);
         }
         if let Some(hooks) = file.hooks {
             if !hooks.is_absolute() {

@@ -119,7 +119,7 @@ impl<'a> Engine<'a> {
         let mailbox = Mailbox::new()?;
         let mut offered = options.capabilities.clone();
         offered.retain(|one| match one {
-            Capability::Files => files::is_supported(),
+            Capability::Files | Capability::Links => files::is_supported(),
             Capability::Update => options.program.is_some(),
             _ => true,
         });
@@ -579,6 +579,12 @@ impl<'a> Engine<'a> {
                 Task::start(serial, mailbox, move |_| {
                     files::make_directory(&roots, &request)
                 })
+            }
+            Payload::MakeLink(request) => {
+                self.permit_writing(Capability::Files)?;
+                self.permit(Capability::Links)?;
+                let roots = options.roots.clone();
+                Task::start(serial, mailbox, move |_| files::make_link(&roots, &request))
             }
             Payload::Shutdown(request) => {
                 self.permit(Capability::Power)?;

@@ -15,6 +15,8 @@ pub enum Capability {
     Pty,
     /// Files, both ways.
     Files,
+    /// Making symbolic links, where files may be written.
+    Links,
     /// Shutdown and reboot.
     Power,
     /// Passwords.
@@ -33,10 +35,11 @@ pub enum Capability {
 
 impl Capability {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Exec,
         Self::Pty,
         Self::Files,
+        Self::Links,
         Self::Power,
         Self::Password,
         Self::SshKeys,
@@ -52,6 +55,7 @@ impl Capability {
             Self::Exec => "exec",
             Self::Pty => "pty",
             Self::Files => "files",
+            Self::Links => "links",
             Self::Power => "power",
             Self::Password => "password",
             Self::SshKeys => "ssh_keys",

@@ -1,7 +1,7 @@
 //! How what was asked is written into the audit log: one line, bounded, nothing in it that moves a
 //! terminal's cursor, and no secrets.
 
-use ghost_domain::guest::{DirectoryMake, ExecRequest, FileWrite, GuestProgram};
+use ghost_domain::guest::{DirectoryMake, ExecRequest, FileWrite, GuestProgram, LinkMake};
 
 /// Most bytes of a detail.
 pub(super) const MAX_DETAIL: usize = 4096;
@@ -122,6 +122,10 @@ pub(super) fn write(file: &FileWrite) -> String {
 
 pub(super) fn make(directory: &DirectoryMake) -> String {
     format!("{} mode={:04o}", word(&directory.path), directory.mode)
+}
+
+pub(super) fn link(link: &LinkMake) -> String {
+    format!("{} -> {}", word(&link.path), word(&link.target))
 }
 
 #[cfg(test)]

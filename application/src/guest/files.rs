@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use ghost_domain::guest::{
-    DirectoryMake, FileSum, FileWrite, GuestDirectory, GuestFile, check_guest_path,
+    DirectoryMake, FileSum, FileWrite, GuestDirectory, GuestFile, LinkMake, check_guest_path,
+    check_link_target,
 };
 use ghost_domain::ports::{GuestFileReader, GuestFileWriter};
 use ghost_domain::{Principal, Result};
@@ -119,6 +120,33 @@ impl MakeGuestDirectory {
             .guests
             .make_directory(visit.vm, directory)
             .await;
+        visit.settle(outcome)
+    }
+}
+
+/// Makes a symbolic link in a guest.
+pub struct MakeGuestLink {
+    pub(crate) door: Arc<Door>,
+}
+
+impl MakeGuestLink {
+    /// Makes it, in the place of a file or link that is there.
+    ///
+    /// # Errors
+    /// As [`StatGuestFile`].
+    pub async fn execute(
+        &self,
+        principal: &Principal,
+        target: &GuestTarget,
+        link: LinkMake,
+    ) -> Result<()> {
+        check_guest_path(&link.path)?;
+        check_link_target(&link.target)?;
+        let visit = self
+            .door
+            .enter(principal, target, "link_make", detail::link(&link))
+            .await?;
+        let outcome = self.door.ports.guests.make_link(visit.vm, link).await;
         visit.settle(outcome)
     }
 }

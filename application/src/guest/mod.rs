@@ -29,8 +29,8 @@ pub(crate) use detail::escape;
 pub(crate) use door::{Door, locked};
 pub use exec::ExecInGuest;
 pub use files::{
-    ListGuestFiles, ListGuestFilesCommand, MakeGuestDirectory, ReadGuestFile, ReadGuestFileCommand,
-    StatGuestFile, WriteGuestFile,
+    ListGuestFiles, ListGuestFilesCommand, MakeGuestDirectory, MakeGuestLink, ReadGuestFile,
+    ReadGuestFileCommand, StatGuestFile, WriteGuestFile,
 };
 pub use lockdown::{GetLockdown, LockdownView, SetLockdown, SetLockdownCommand};
 pub use requests::{

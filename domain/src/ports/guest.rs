@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use crate::guest::{
     AuditEntry, AuditRecord, AuditVerdict, DirectoryMake, ExecExit, ExecRequest, FileSum,
     FileWrite, FreezeOutcome, GuestDirectory, GuestFile, GuestHello, GuestLinkStatus, GuestRequest,
-    GuestTelemetry,
+    GuestTelemetry, LinkMake,
 };
 use crate::{Result, Timestamp, VmId};
 use std::time::Duration;
@@ -180,6 +180,9 @@ pub trait GuestLinks: Send + Sync {
 
     /// Makes a directory; succeeds where it is there.
     async fn make_directory(&self, vm: VmId, directory: DirectoryMake) -> Result<()>;
+
+    /// Makes a symbolic link, in the place of a file or link that is there.
+    async fn make_link(&self, vm: VmId, link: LinkMake) -> Result<()>;
 
     /// Opens a file to read `length` bytes (all with `None`) from `offset` on.
     async fn read_file(

@@ -104,8 +104,11 @@ is a directory the copy goes into it, under its own name; `DIR/.` stands for wha
 A file is written under a temporary name, checked end to end, and then renamed: DST is the old one
 or the new one and nothing between. What breaks off goes on where it was, also when the same line is
 run again. Directories are copied whole. Mode, time and owner are kept; the owner here only where you
-are root, and never the set-user-id bits of a guest's file. Symbolic links and special
-files are named and left out, and the exit code is 1 then; -L copies what links lead to.
+are root, and never the set-user-id bits of a guest's file.
+
+Symbolic links below SRC are copied as links: what they say is kept as it is, also where it leads to
+something else here, and nothing is ever written through a link below DST. -L copies what links lead
+to. Devices, pipes and sockets are named and left out, and the exit code is 1 then.
 
 Examples:
   ghostctl cp site.tar web:/srv/            one file into a directory
@@ -124,7 +127,7 @@ pub(crate) struct CpArgs {
     pub(crate) destination: String,
 
     /// Copy what symbolic links lead to
-    #[arg(short = 'L', long)]
+    #[arg(short = 'L', long, visible_alias = "follow")]
     pub(crate) dereference: bool,
 
     /// Do not keep the owner: what is written belongs to root in a VM, and to you here

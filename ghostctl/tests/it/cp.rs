@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Write as _;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
 use std::path::Path;
 use std::process::Stdio;
@@ -60,6 +61,9 @@ fn picture(root: &Path) -> Vec<String> {
             if known.is_dir() {
                 lines.push(format!("{name}/ {mode:o}"));
                 open.push(path);
+            } else if known.is_symlink() {
+                let says = fs::read_link(&path).unwrap();
+                lines.push(format!("{name} -> {}", says.display()));
             } else {
                 let sum: u64 = fs::read(&path).unwrap().iter().map(|b| u64::from(*b)).sum();
                 let (seconds, nanos) = (known.mtime(), known.mtime_nsec());
@@ -271,29 +275,70 @@ fn damage_on_the_way_is_noticed() {
 }
 
 #[test]
-fn links_and_devices_are_named_and_left_out() {
+fn links_are_copied_as_links_and_devices_are_named_and_left_out() {
     let person = Person::new();
     let (home, guest) = (person.home.path(), &person.agent.state.guest);
     for root in [home.join("tree"), guest.path("/tree")] {
         write(root.join("real/file"), "x", 0o644);
         symlink("real/file", root.join("link")).unwrap();
         symlink("real", root.join("linked")).unwrap();
-        symlink("/nowhere", root.join("dangling")).unwrap();
+        symlink("/nowhere/\x1b[2J", root.join("dangling")).unwrap();
+        symlink("../../../..", root.join("real/up")).unwrap();
+        let odd = std::ffi::OsStr::from_bytes(b"caf\xe9");
+        symlink(odd, root.join("odd")).unwrap();
         drop(std::os::unix::net::UnixListener::bind(root.join("socket")).unwrap());
     }
     insta::assert_snapshot!(person.says_all(&[
         "cp tree web-1:/in -q",
         "cp web-1:/tree out -q",
-        "cp -L tree web-1:/in2 -q",
-        "cp -L web-1:/tree out2 -q",
         "cp web-1:/tree out3 -q -o json",
     ]));
     for root in [guest.path("/in"), home.join("out")] {
-        assert_eq!(picture(&root).len(), 2, "{root:?}");
+        assert_eq!(
+            picture(&root),
+            [
+                "dangling -> /nowhere/\x1b[2J",
+                "link -> real/file",
+                "linked -> real",
+                "real/ 755",
+                "real/file 644 1 120 1500000000.123000000",
+                "real/up -> ../../../..",
+            ],
+            "{root:?}"
+        );
     }
+    // Once more: what is there is replaced, and nothing is followed.
+    for line in ["cp tree web-1:/in -q", "cp web-1:/tree out -q"] {
+        person.says(&line.replace("tree", "tree/."));
+    }
+    assert_eq!(picture(&guest.path("/in")), picture(&home.join("out")));
+    for name in ["tree", "out"] {
+        let real = home.join(name).join("real");
+        assert_eq!(fs::read_dir(real).unwrap().count(), 2);
+    }
+    assert_eq!(
+        home.join("out/link").symlink_metadata().unwrap().mtime(),
+        guest.path("/tree/link").symlink_metadata().unwrap().mtime()
+    );
+    // `-L` would follow `up` for ever.
+    for root in [home.join("tree"), guest.path("/tree")] {
+        fs::remove_file(root.join("real/up")).unwrap();
+    }
+    insta::assert_snapshot!(person.says_all(&[
+        "cp -L tree web-1:/in2 -q",
+        "cp --follow web-1:/tree out2 -q",
+    ]));
     for root in [guest.path("/in2"), home.join("out2")] {
         assert!(root.join("link").is_file() && root.join("linked/file").is_file());
+        assert!(!root.join("link").is_symlink() && !root.join("linked").is_symlink());
     }
+    // An agent that is older makes none, and the rest comes all the same.
+    let said = person.says("cp tree web-1:/oldlinks -q");
+    assert!(
+        said.contains("tree/link: a symbolic link, which this VM's agent does not make; left out"),
+        "{said}"
+    );
+    assert!(guest.path("/oldlinks/real/file").is_file(), "{said}");
     // The names of a command line are followed, as cp does.
     symlink("tree/real/file", home.join("named")).unwrap();
     person.says("cp named web-1:/named -q");
@@ -352,6 +397,86 @@ fn a_hostile_guest_writes_nothing_elsewhere() {
         "{said}"
     );
     assert_eq!(fs::read_dir(home.join("into")).unwrap().count(), 1);
+}
+
+fn lying_link(name: &str, says: &str) -> GuestFile {
+    GuestFile {
+        symlink_target: says.to_owned(),
+        ..lie(name, GuestFileKind::Symlink)
+    }
+}
+
+/// A guest tells of a link and of something below it, or in its place: whatever it says, and in
+/// whatever order, nothing is written where the link leads.
+#[test]
+fn nothing_is_written_through_a_link_that_was_just_made() {
+    let directory = |name: &str| lie(name, GuestFileKind::Directory);
+    let file = |name: &str| lie(name, GuestFileKind::File);
+    let elsewhere = "../elsewhere";
+    for (case, top) in [
+        (
+            "link first",
+            vec![lying_link("x", elsewhere), directory("x")],
+        ),
+        (
+            "link last",
+            vec![directory("x"), lying_link("x", elsewhere)],
+        ),
+        (
+            "twice",
+            vec![lying_link("x", elsewhere), lying_link("x", "y")],
+        ),
+        (
+            "file",
+            vec![lying_link("x", "../elsewhere/mine"), file("x")],
+        ),
+    ] {
+        let person = Person::new();
+        let (home, guest) = (person.home.path(), &person.agent.state.guest);
+        write(home.join("elsewhere/mine"), "mine", 0o644);
+        write(guest.path("/tree/x/mine"), "evil", 0o644);
+        {
+            let mut lies = guest.lies.lock().unwrap();
+            lies.insert("/tree".to_owned(), top);
+            lies.insert("/tree/x".to_owned(), vec![file("mine"), file("new")]);
+        }
+        let mut said = person.says("cp web-1:/tree into -q");
+        // The second run meets the links of the first.
+        said.push_str(&person.says("cp web-1:/tree/. into -q"));
+        assert_eq!(
+            picture(&home.join("elsewhere")),
+            ["mine 644 4 425 1500000000.123000000"],
+            "{case}: {said}"
+        );
+    }
+
+    // Two sources, the first with a link where the second has a directory.
+    let person = Person::new();
+    let (home, guest) = (person.home.path(), &person.agent.state.guest);
+    write(home.join("elsewhere/mine"), "mine", 0o644);
+    fs::create_dir_all(home.join("into")).unwrap();
+    fs::create_dir_all(guest.path("/one")).unwrap();
+    symlink("../elsewhere", guest.path("/one/x")).unwrap();
+    write(guest.path("/two/x/mine"), "evil", 0o644);
+    let said = person.says("cp web-1:/one/. web-1:/two/. into -q");
+    assert!(
+        said.contains("x is a symbolic link") && said.ends_with("[exit 1]\n"),
+        "{said}"
+    );
+    assert_eq!(
+        fs::read_to_string(home.join("elsewhere/mine")).unwrap(),
+        "mine"
+    );
+    // A link does not take the place of a directory.
+    let said = person.says("cp web-1:/two/. other -q");
+    assert!(said.ends_with("[exit 0]\n"), "{said}");
+    let said = person.says("cp web-1:/one/. other -q");
+    assert!(
+        said.contains("the link x cannot be made") && said.ends_with("[exit 1]\n"),
+        "{said}"
+    );
+    assert!(home.join("other/x/mine").is_file());
+    assert_eq!(fs::read_dir(home.join("other")).unwrap().count(), 1);
 }
 
 #[test]
@@ -441,7 +566,8 @@ fn a_document_says_what_was_copied() {
     assert_eq!(
         document,
         serde_json::json!({
-            "destination": "web-1:/d", "files": 1, "directories": 1, "size_bytes": 1, "skipped": [],
+            "destination": "web-1:/d", "files": 1, "directories": 1, "links": 0, "size_bytes": 1,
+            "skipped": [],
         })
     );
     assert!(person.agent.state.guest.owners.lock().unwrap().is_empty());

@@ -25,7 +25,7 @@ use rustix::io::Errno;
 use crate::Failure;
 
 pub(crate) use read::{list, read, stat};
-pub(crate) use write::{make_directory, write};
+pub(crate) use write::{make_directory, make_link, write};
 
 /// As the protocol bounds it; also the kernel's.
 const MOST_PATH: usize = 4096;

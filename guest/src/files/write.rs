@@ -11,13 +11,16 @@ use std::time::{Duration, SystemTime};
 
 use ghost_proto::guest::v1::agent_message::Payload;
 use ghost_proto::guest::v1::{
-    FileAttributes, FileWriteRequest, FileWriteResponse, MakeDirectoryRequest, file_write_response,
+    FileAttributes, FileWriteRequest, FileWriteResponse, MakeDirectoryRequest, MakeLinkRequest,
+    file_write_response,
 };
-use rustix::fs::{AtFlags, Dir, FileType, FlockOperation, Gid, Mode, OFlags, Timespec, Uid};
+use rustix::fs::{
+    AtFlags, Dir, FileType, FlockOperation, Gid, Mode, OFlags, Timespec, Timestamps, Uid,
+};
 use rustix::io::Errno;
 use twox_hash::XxHash3_128;
 
-use super::Place;
+use super::{MOST_PATH, Place};
 use crate::Failure;
 use crate::calls::{Port, done};
 use crate::util::random;
@@ -44,7 +47,12 @@ pub(crate) fn write(
     if request.resume && checksum.is_none() {
         return Err(Failure::invalid("going on needs the checksum of the whole"));
     }
-    let target = Target::open(roots, &request)?;
+    let target = Target::open(
+        roots,
+        &request.path,
+        request.make_parents,
+        request.no_replace,
+    )?;
     let mut part = Part::open(&target, &request, &attributes, checksum)?;
     port.send(Payload::FileWriteResponse(FileWriteResponse {
         event: Some(file_write_response::Event::Accepted(
@@ -81,26 +89,31 @@ struct Target {
 }
 
 impl Target {
-    fn open(roots: &[PathBuf], request: &FileWriteRequest) -> Result<Self, Failure> {
-        let place = Place::find(roots, &request.path)?;
+    fn open(
+        roots: &[PathBuf],
+        path: &str,
+        parents: bool,
+        no_replace: bool,
+    ) -> Result<Self, Failure> {
+        let place = Place::find(roots, path)?;
         let (above, name) = place.parent()?;
         // The name itself goes to calls that take names in a directory; the temporary one is as long
         // as it needs to be.
         if name.len() > 255 {
             return Err(Failure::invalid("a name has at most 255 bytes"));
         }
-        if request.make_parents {
+        if parents {
             make_parents(&place, &above, 0o755)?;
         }
         let directory = place
             .open_at(&above, OFlags::RDONLY | OFlags::DIRECTORY)
-            .map_err(|error| Failure::errno(&request.path, error))?;
+            .map_err(|error| Failure::errno(path, error))?;
         let target = Self {
             directory,
             name: name.to_owned(),
-            path: request.path.clone(),
+            path: path.to_owned(),
         };
-        target.may_be_replaced(request.no_replace)?;
+        target.may_be_replaced(no_replace)?;
         Ok(target)
     }
 
@@ -144,10 +157,7 @@ impl Part {
         sweep(&target.directory);
         let name = match checksum {
             Some(sum) => part_name(&request.path, attributes.size_bytes, sum),
-            None => {
-                let salt = random::<16>().map_err(|error| Failure::io(&target.path, &error))?;
-                format!("{PREFIX}{}{SUFFIX}", hex::encode(salt))
-            }
+            None => chance_name(target)?,
         };
         let file = rustix::fs::openat(
             &target.directory,
@@ -286,15 +296,7 @@ impl Part {
         };
         rustix::fs::fchmod(&self.file, Mode::from_raw_mode(mode)).map_err(said)?;
         if let Some(at) = &attributes.modified_at {
-            let time = Timespec {
-                tv_sec: at.seconds,
-                tv_nsec: i64::from(at.nanos.clamp(0, 999_999_999)),
-            };
-            let times = rustix::fs::Timestamps {
-                last_access: time,
-                last_modification: time,
-            };
-            rustix::fs::futimens(&self.file, &times).map_err(said)?;
+            rustix::fs::futimens(&self.file, &times(at)).map_err(said)?;
         }
         rustix::fs::fsync(&self.file).map_err(said)?;
         target.may_be_replaced(request.no_replace)?;
@@ -320,6 +322,17 @@ impl Part {
     }
 }
 
+fn times(at: &prost_types::Timestamp) -> Timestamps {
+    let time = Timespec {
+        tv_sec: at.seconds,
+        tv_nsec: i64::from(at.nanos.clamp(0, 999_999_999)),
+    };
+    Timestamps {
+        last_access: time,
+        last_modification: time,
+    }
+}
+
 fn owner(uid: u32) -> Result<Uid, Failure> {
     // 2^32-1 means "leave it" to the kernel.
     if uid == u32::MAX {
@@ -341,6 +354,12 @@ fn part_name(path: &str, size: u64, checksum: [u8; 16]) -> String {
     hash.write(&size.to_be_bytes());
     hash.write(&checksum);
     format!("{PREFIX}{:032x}{SUFFIX}", hash.finish_128())
+}
+
+/// A temporary name that nobody can foresee.
+fn chance_name(target: &Target) -> Result<String, Failure> {
+    let salt = random::<16>().map_err(|error| Failure::io(&target.path, &error))?;
+    Ok(format!("{PREFIX}{}{SUFFIX}", hex::encode(salt)))
 }
 
 fn start_write_back(file: impl AsFd, offset: u64, length: u64) {
@@ -385,7 +404,9 @@ fn sweep(directory: &OwnedFd) {
             continue;
         };
         let age = now.saturating_sub(u64::try_from(stat.st_mtime).unwrap_or(0));
-        if age > STALE.as_secs() && FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile {
+        let kind = FileType::from_raw_mode(stat.st_mode);
+        let may_go = matches!(kind, FileType::RegularFile | FileType::Symlink);
+        if age > STALE.as_secs() && may_go {
             let _ = rustix::fs::unlinkat(directory, name, AtFlags::empty());
         }
     }
@@ -458,5 +479,59 @@ pub(crate) fn make_directory(
             .map_err(said)?;
     }
     rustix::fs::fchmod(&made, Mode::from_raw_mode(mode)).map_err(said)?;
+    Ok(done())
+}
+
+/// Makes a symbolic link, in the place of a file or link.
+///
+/// What it leads to is kept as it was given, and nothing here follows it: it is made under another
+/// name and renamed, and it may say what it likes, since every path that is asked for is held by
+/// its root (see the module above).
+pub(crate) fn make_link(roots: &[PathBuf], request: &MakeLinkRequest) -> Result<Payload, Failure> {
+    let says = &request.target;
+    if says.is_empty() || says.len() >= MOST_PATH || says.contains('\0') {
+        return Err(Failure::invalid(
+            "a link says 1 to 4095 bytes without NUL bytes",
+        ));
+    }
+    let target = Target::open(roots, &request.path, false, false)?;
+    sweep(&target.directory);
+    let name = chance_name(&target)?;
+    let said = |error: Errno| target.said(error);
+    rustix::fs::symlinkat(says.as_str(), &target.directory, name.as_str()).map_err(said)?;
+    let placed = (|| {
+        if request.keep_owner {
+            rustix::fs::chownat(
+                &target.directory,
+                name.as_str(),
+                Some(owner(request.uid)?),
+                Some(group(request.gid)?),
+                AtFlags::SYMLINK_NOFOLLOW,
+            )
+            .map_err(said)?;
+        }
+        if let Some(at) = &request.modified_at {
+            rustix::fs::utimensat(
+                &target.directory,
+                name.as_str(),
+                &times(at),
+                AtFlags::SYMLINK_NOFOLLOW,
+            )
+            .map_err(said)?;
+        }
+        target.may_be_replaced(false)?;
+        rustix::fs::renameat(
+            &target.directory,
+            name.as_str(),
+            &target.directory,
+            &*target.name,
+        )
+        .map_err(said)
+    })();
+    if let Err(failure) = placed {
+        let _ = rustix::fs::unlinkat(&target.directory, name.as_str(), AtFlags::empty());
+        return Err(failure);
+    }
+    rustix::fs::fsync(&target.directory).map_err(said)?;
     Ok(done())
 }

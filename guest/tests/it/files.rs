@@ -4,11 +4,12 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 
-use ghost_guest::Options;
+use ghost_guest::{Capability, Options};
 use ghost_proto::guest::v1::agent_message::Payload;
 use ghost_proto::guest::v1::{
     Cancel, FileAttributes, FileKind, FileListRequest, FileReadRequest, FileStatRequest,
-    FileWriteRequest, MakeDirectoryRequest, Stream, file_read_response, file_write_response,
+    FileWriteRequest, MakeDirectoryRequest, MakeLinkRequest, Stream, file_read_response,
+    file_write_response,
 };
 use ghost_proto::guest::{INITIAL_WINDOW, MOST_STREAM_DATA, NEWEST_VERSION};
 use prost_types::Timestamp;
@@ -359,6 +360,84 @@ fn nothing_leads_out_of_the_roots() {
     write(&mut host, request(&at("file"), b"mine"), b"mine");
     assert_eq!(fs::read(at("file")).unwrap(), b"mine");
     assert_eq!(fs::read(outside.path().join("secret")).unwrap(), b"secret");
+}
+
+#[test]
+fn links_are_made_and_never_followed() {
+    let outside = tempfile::tempdir().unwrap();
+    fs::write(outside.path().join("secret"), "secret").unwrap();
+    let root = tempfile::tempdir().unwrap();
+    let at = |name: &str| root.path().join(name);
+    fs::create_dir_all(at("dir/inside")).unwrap();
+    fs::write(at("file"), "old").unwrap();
+    let mut host = host(root.path());
+    let link = |path: &Path, says: &str| {
+        Payload::MakeLink(MakeLinkRequest {
+            path: path.to_str().unwrap().into(),
+            target: says.into(),
+            modified_at: Some(prost_types::Timestamp {
+                seconds: 1_500_000_000,
+                nanos: 7,
+            }),
+            ..MakeLinkRequest::default()
+        })
+    };
+    let away = outside.path().to_str().unwrap().to_owned();
+    // In a new place, in a file's and in a link's; the last one says is there.
+    for (name, says) in [
+        ("new", "dir"),
+        ("file", "/no/such/\u{1b}thing"),
+        ("new", &away),
+        ("up", "../../../../../../.."),
+    ] {
+        let answer = host.ask(link(&at(name), says));
+        assert!(matches!(answer, Payload::Done(_)), "{name}: {answer:?}");
+        assert_eq!(fs::read_link(at(name)).unwrap(), Path::new(says));
+        let known = at(name).symlink_metadata().unwrap();
+        assert_eq!((known.mtime(), known.mtime_nsec()), (1_500_000_000, 7));
+    }
+    // What was made leads nowhere for those who ask: it is replaced, and not gone through.
+    for path in [at("new/secret"), at("new/x"), at("up").join("tmp/x")] {
+        assert_eq!(
+            code(host.ask(link(&path, "x"))),
+            "outside_roots",
+            "{path:?}"
+        );
+        let refused = begin(&mut host, request(&path, b"x")).unwrap_err();
+        assert_eq!(refused, "outside_roots", "{path:?}");
+        assert_eq!(read(&mut host, &path, 0, 0).unwrap_err(), "outside_roots");
+    }
+    write(&mut host, request(&at("new"), b"mine"), b"mine");
+    assert!(at("new").is_file() && !at("new").is_symlink());
+    for (path, says, refusal) in [
+        (at("dir"), "x", "not_a_file"),
+        (at("dir/inside"), "x", "not_a_file"),
+        (at("none/x"), "x", "not_found"),
+        (at("x"), "", "invalid_argument"),
+        (at("x"), "a\0b", "invalid_argument"),
+        (at("x"), &"y".repeat(4096), "invalid_argument"),
+        (outside.path().join("x"), "x", "outside_roots"),
+    ] {
+        assert_eq!(code(host.ask(link(&path, says))), refusal, "{path:?}");
+    }
+    assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 1);
+    // Nothing of a try that failed stays.
+    let mut left: Vec<_> = fs::read_dir(root.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    left.sort();
+    assert_eq!(left, ["dir", "file", "new", "up"]);
+
+    // Its owner may have none of it; without files there are none either.
+    for gone in [Capability::Links, Capability::Files] {
+        let mut options = Options::default();
+        options.capabilities.retain(|one| *one != gone);
+        let mut host = Host::greeted(options);
+        let refused = code(host.ask(link(&at("never"), "x")));
+        assert_eq!(refused, "permission_denied", "{gone:?}");
+    }
+    assert!(at("never").symlink_metadata().is_err());
 }
 
 #[test]

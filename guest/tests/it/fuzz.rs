@@ -9,9 +9,9 @@ use ghost_proto::guest::frame;
 use ghost_proto::guest::v1::agent_message::Payload;
 use ghost_proto::guest::v1::{
     AgentMessage, Cancel, ExecuteRequest, FileAttributes, FileListRequest, FileReadRequest,
-    FileStatRequest, FileWriteRequest, FreezeRequest, Hello, MakeDirectoryRequest, Ping, Resize,
-    SetClockRequest, SetPasswordRequest, ShutdownRequest, Signal, SshKeysRequest, StreamData,
-    ThawRequest, UpdateRequest, WindowUpdate,
+    FileStatRequest, FileWriteRequest, FreezeRequest, Hello, MakeDirectoryRequest, MakeLinkRequest,
+    Ping, Resize, SetClockRequest, SetPasswordRequest, ShutdownRequest, Signal, SshKeysRequest,
+    StreamData, ThawRequest, UpdateRequest, WindowUpdate,
 };
 use prost::Message;
 
@@ -221,6 +221,16 @@ fn messages() -> Vec<(&'static str, Payload)> {
                 path: "/a/b/c".into(),
                 make_parents: true,
                 ..MakeDirectoryRequest::default()
+            }),
+        ),
+        (
+            "link",
+            Payload::MakeLink(MakeLinkRequest {
+                path: "/a".into(),
+                target: "../../etc".into(),
+                keep_owner: true,
+                uid: u32::MAX,
+                ..MakeLinkRequest::default()
             }),
         ),
         (

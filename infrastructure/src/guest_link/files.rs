@@ -6,13 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use ghost_domain::guest::{DirectoryMake, FileSum, FileWrite, GuestDirectory, GuestFile};
+use ghost_domain::guest::{DirectoryMake, FileSum, FileWrite, GuestDirectory, GuestFile, LinkMake};
 use ghost_domain::ports::{GuestFileReader, GuestFileWriter, GuestProgramFile};
 use ghost_domain::{Error, ErrorCode, Result, Timestamp};
 use ghost_proto::guest::v1::agent_message::Payload;
 use ghost_proto::guest::v1::{
     FileAttributes, FileKind, FileListRequest, FileReadRequest, FileStatRequest, FileWriteRequest,
-    MakeDirectoryRequest, Stream, UpdateRequest, file_read_response, file_write_response,
+    MakeDirectoryRequest, MakeLinkRequest, Stream, UpdateRequest, file_read_response,
+    file_write_response,
 };
 use twox_hash::xxhash3_128::Hasher;
 
@@ -122,6 +123,29 @@ pub(super) async fn make_directory(
         gid,
         keep_owner: directory.owner.is_some(),
         make_parents: directory.make_parents,
+    }))
+    .await?;
+    match call.answer(patience).await? {
+        Payload::Done(_) => Ok(()),
+        _ => Err(nonsense()),
+    }
+}
+
+pub(super) async fn make_link(
+    session: &Arc<Session>,
+    link: LinkMake,
+    patience: Duration,
+) -> Result<()> {
+    // An older guest may know files and no links; a message that it does not know would have no answer.
+    let call = session.begin(Kind::Simple, Some("links"))?;
+    let (uid, gid) = link.owner.unwrap_or((0, 0));
+    call.send(Payload::MakeLink(MakeLinkRequest {
+        path: link.path,
+        target: link.target,
+        uid,
+        gid,
+        keep_owner: link.owner.is_some(),
+        modified_at: link.modified_at.map(stamp),
     }))
     .await?;
     match call.answer(patience).await? {

@@ -33,7 +33,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use ghost_domain::guest::{
     DirectoryMake, ExecRequest, FileWrite, FreezeOutcome, GuestDirectory, GuestFile,
-    GuestLinkStatus, GuestRequest,
+    GuestLinkStatus, GuestRequest, LinkMake,
 };
 use ghost_domain::ports::{
     Clock, ExecSession, GuestEvents, GuestFileReader, GuestFileWriter, GuestLinks, GuestProgramFile,
@@ -289,6 +289,10 @@ impl GuestLinks for VirtioGuestLinks {
 
     async fn make_directory(&self, vm: VmId, directory: DirectoryMake) -> Result<()> {
         files::make_directory(&self.session(vm)?, directory, self.patience()).await
+    }
+
+    async fn make_link(&self, vm: VmId, link: LinkMake) -> Result<()> {
+        files::make_link(&self.session(vm)?, link, self.patience()).await
     }
 
     async fn read_file(

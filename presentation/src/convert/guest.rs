@@ -10,7 +10,7 @@ use ghost_application::guest::{
 };
 use ghost_domain::guest::{
     AuditEntry, AuditVerdict, DirectoryMake, ExecExit, ExecRequest, FileSum, FileWrite,
-    FreezeOutcome, GuestDirectory, GuestFile, GuestFileKind, GuestProgram, Terminal,
+    FreezeOutcome, GuestDirectory, GuestFile, GuestFileKind, GuestProgram, LinkMake, Terminal,
 };
 use ghost_domain::ports::ExecEvent;
 use ghost_domain::{Error, ErrorCode, Result, Timestamp};
@@ -240,6 +240,19 @@ pub fn directory_make(request: message::MakeGuestDirectoryRequest) -> Result<Dir
         mode: mode(request.mode)?,
         owner: request.keep_owner.then_some((request.uid, request.gid)),
         make_parents: request.make_parents,
+    })
+}
+
+/// What symbolic link a caller wants made.
+///
+/// # Errors
+/// `InvalidArgument` naming the field.
+pub fn link_make(request: message::MakeGuestLinkRequest) -> Result<LinkMake> {
+    Ok(LinkMake {
+        path: request.path,
+        target: request.target,
+        owner: request.keep_owner.then_some((request.uid, request.gid)),
+        modified_at: request.modified_at.as_ref().map(stamp).transpose()?,
     })
 }
 

@@ -15,8 +15,8 @@ pub use access::{api_key, certificate, created_key, identity, issued, join_token
 pub use guest::{
     MOST_PIECE, address, audit_entry, audit_verdict, directory_make, exec_exit, exec_output,
     exec_request, file_sum, file_write, freeze, guest_access, guest_directory, guest_file,
-    guest_history, guest_ping, guest_status, guest_telemetry, guest_update, lockdown, mode,
-    optional_length, signal, stamp, terminal_kind, terminal_size,
+    guest_history, guest_ping, guest_status, guest_telemetry, guest_update, link_make, lockdown,
+    mode, optional_length, signal, stamp, terminal_kind, terminal_size,
 };
 pub use host::{AgentInfo, core_link, event, network, severity, status};
 pub use image::{catalogue_entry, image};

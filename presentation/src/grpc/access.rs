@@ -139,6 +139,7 @@ pub const METHODS: &[Method] = &[
     enters("/ghost.agent.v1.GuestService/StatFile", GUEST),
     enters("/ghost.agent.v1.GuestService/ListFiles", GUEST),
     enters("/ghost.agent.v1.GuestService/MakeDirectory", GUEST),
+    enters("/ghost.agent.v1.GuestService/MakeLink", GUEST),
     enters("/ghost.agent.v1.GuestService/ReadFile", Shape::Stream),
     enters("/ghost.agent.v1.GuestService/WriteFile", Shape::Stream),
     enters("/ghost.agent.v1.GuestService/Shutdown", GUEST),

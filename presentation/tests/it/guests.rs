@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use ghost_domain::guest::{
     AuditEntry, AuditRecord, AuditVerdict, DirectoryMake, ExecExit, ExecRequest, FileSum,
     FileWrite, FreezeOutcome, GuestDirectory, GuestFile, GuestFileKind, GuestHello,
-    GuestLinkStatus, GuestProgram, GuestRequest,
+    GuestLinkStatus, GuestProgram, GuestRequest, LinkMake,
 };
 use ghost_domain::ports::{
     AuditLog, AuditReceipt, ExecEvent, ExecInput, ExecOutput, ExecSession, GuestEvent, GuestEvents,
@@ -443,6 +443,12 @@ impl GuestLinks for FakeLinks {
 
     async fn make_directory(&self, _: VmId, directory: DirectoryMake) -> Result<()> {
         let text = format!("mkdir {} {:o}", directory.path, directory.mode);
+        self.0.controls.lock().unwrap().push(text);
+        Ok(())
+    }
+
+    async fn make_link(&self, _: VmId, link: LinkMake) -> Result<()> {
+        let text = format!("link {} -> {}", link.path, link.target);
         self.0.controls.lock().unwrap().push(text);
         Ok(())
     }

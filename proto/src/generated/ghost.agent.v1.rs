@@ -1602,6 +1602,26 @@ pub struct MakeGuestDirectoryRequest {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct MakeGuestDirectoryResponse {}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MakeGuestLinkRequest {
+    #[prost(string, tag = "1")]
+    pub vm: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub path: ::prost::alloc::string::String,
+    /// What it says, 1 to 4,095 bytes without NUL.
+    #[prost(string, tag = "3")]
+    pub target: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "4")]
+    pub uid: u32,
+    #[prost(uint32, tag = "5")]
+    pub gid: u32,
+    #[prost(bool, tag = "6")]
+    pub keep_owner: bool,
+    #[prost(message, optional, tag = "7")]
+    pub modified_at: ::core::option::Option<::prost_types::Timestamp>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MakeGuestLinkResponse {}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ReadGuestFileRequest {
     #[prost(string, tag = "1")]
     pub vm: ::prost::alloc::string::String,
@@ -2279,6 +2299,31 @@ pub mod guest_service_client {
                 .insert(GrpcMethod::new("ghost.agent.v1.GuestService", "MakeDirectory"));
             self.inner.unary(req, path, codec).await
         }
+        /// Makes a symbolic link, in the place of a file or link that is there; it is never followed.
+        pub async fn make_link(
+            &mut self,
+            request: impl tonic::IntoRequest<super::MakeGuestLinkRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::MakeGuestLinkResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/ghost.agent.v1.GuestService/MakeLink",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("ghost.agent.v1.GuestService", "MakeLink"));
+            self.inner.unary(req, path, codec).await
+        }
         /// The first message is `opened`, then `data`, at last `finished`.
         pub async fn read_file(
             &mut self,
@@ -2734,6 +2779,14 @@ pub mod guest_service_server {
             request: tonic::Request<super::MakeGuestDirectoryRequest>,
         ) -> std::result::Result<
             tonic::Response<super::MakeGuestDirectoryResponse>,
+            tonic::Status,
+        >;
+        /// Makes a symbolic link, in the place of a file or link that is there; it is never followed.
+        async fn make_link(
+            &self,
+            request: tonic::Request<super::MakeGuestLinkRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::MakeGuestLinkResponse>,
             tonic::Status,
         >;
         /// Server streaming response type for the ReadFile method.
@@ -3192,6 +3245,51 @@ pub mod guest_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = MakeDirectorySvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/ghost.agent.v1.GuestService/MakeLink" => {
+                    #[allow(non_camel_case_types)]
+                    struct MakeLinkSvc<T: GuestService>(pub Arc<T>);
+                    impl<
+                        T: GuestService,
+                    > tonic::server::UnaryService<super::MakeGuestLinkRequest>
+                    for MakeLinkSvc<T> {
+                        type Response = super::MakeGuestLinkResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::MakeGuestLinkRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as GuestService>::make_link(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = MakeLinkSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

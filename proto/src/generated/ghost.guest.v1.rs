@@ -29,7 +29,7 @@ pub struct AgentMessage {
     pub session: ::prost::alloc::vec::Vec<u8>,
     #[prost(
         oneof = "agent_message::Payload",
-        tags = "10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 40, 41, 50, 51, 52, 53, 54, 55, 56, 57, 58, 100, 101"
+        tags = "10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 40, 41, 50, 51, 52, 53, 54, 55, 56, 57, 58, 100, 101"
     )]
     pub payload: ::core::option::Option<agent_message::Payload>,
 }
@@ -74,6 +74,8 @@ pub mod agent_message {
         Update(super::UpdateRequest),
         #[prost(message, tag = "27")]
         FileStat(super::FileStatRequest),
+        #[prost(message, tag = "28")]
+        MakeLink(super::MakeLinkRequest),
         /// Both ways.
         #[prost(message, tag = "40")]
         StreamData(super::StreamData),
@@ -140,7 +142,7 @@ pub struct AgentReady {
     /// The release of ghost-guest.
     #[prost(string, tag = "4")]
     pub agent_version: ::prost::alloc::string::String,
-    /// What this guest can and may: `exec`, `pty`, `files`, `power`, `password`, `ssh_keys`, `clock`,
+    /// What this guest can and may: `exec`, `pty`, `files`, `links`, `power`, `password`, `ssh_keys`, `clock`,
     /// `freeze`, `telemetry`, `update`.
     #[prost(string, repeated, tag = "5")]
     pub capabilities: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
@@ -471,6 +473,23 @@ pub struct MakeDirectoryRequest {
     pub keep_owner: bool,
     #[prost(bool, tag = "6")]
     pub make_parents: bool,
+}
+/// Makes a symbolic link, in the place of a file or link that is there. Needs the capability `links`.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MakeLinkRequest {
+    #[prost(string, tag = "1")]
+    pub path: ::prost::alloc::string::String,
+    /// What it says, 1 to 4,095 bytes. It is neither looked at nor followed.
+    #[prost(string, tag = "2")]
+    pub target: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "3")]
+    pub uid: u32,
+    #[prost(uint32, tag = "4")]
+    pub gid: u32,
+    #[prost(bool, tag = "5")]
+    pub keep_owner: bool,
+    #[prost(message, optional, tag = "6")]
+    pub modified_at: ::core::option::Option<::prost_types::Timestamp>,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ShutdownRequest {

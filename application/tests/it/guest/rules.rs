@@ -7,7 +7,7 @@ use ghost_application::guest::{
     SetGuestPasswordCommand, SetLockdownCommand, UpdateGuestSshKeysCommand,
 };
 use ghost_application::vm::UpdateVmCommand;
-use ghost_domain::guest::{DirectoryMake, FileWrite};
+use ghost_domain::guest::{DirectoryMake, FileWrite, LinkMake};
 use ghost_domain::{Error, ErrorCode, Principal, Result, Role, Secret, VmChange};
 
 use super::{command, principal, target};
@@ -49,6 +49,12 @@ pub(super) async fn enter(
         mode: 0o755,
         owner: None,
         make_parents: false,
+    };
+    let link = LinkMake {
+        path: "/srv/new".into(),
+        target: "../old".into(),
+        owner: None,
+        modified_at: None,
     };
     let password = SetGuestPasswordCommand {
         user: "root".into(),
@@ -101,6 +107,10 @@ pub(super) async fn enter(
                 .make_guest_directory
                 .execute(who, &at, directory)
                 .await,
+        ),
+        (
+            "link_make",
+            cases.make_guest_link.execute(who, &at, link).await,
         ),
         (
             "power",

@@ -10,7 +10,7 @@ use ghost_application::guest::GuestOptions;
 use ghost_domain::guest::{
     AuditEntry, AuditRecord, AuditVerdict, DirectoryMake, ExecExit, ExecRequest, FileSum,
     FileWrite, FreezeOutcome, GuestDirectory, GuestFile, GuestFileKind, GuestHello,
-    GuestLinkStatus, GuestRequest, GuestTelemetry,
+    GuestLinkStatus, GuestRequest, GuestTelemetry, LinkMake,
 };
 use ghost_domain::ports::{
     AuditLog, AuditReceipt, ExecEvent, ExecInput, ExecOutput, ExecSession, GuestEvent, GuestEvents,
@@ -365,6 +365,10 @@ impl GuestLinks for Guests {
 
     async fn make_directory(&self, _: VmId, directory: DirectoryMake) -> Result<()> {
         self.call(format!("make {}", directory.path), ())
+    }
+
+    async fn make_link(&self, _: VmId, link: LinkMake) -> Result<()> {
+        self.call(format!("link {} {}", link.path, link.target), ())
     }
 
     async fn read_file(

@@ -18,7 +18,7 @@ use twox_hash::XxHash3_128;
 use super::local::{Attributes, Base, Partial};
 use super::place::{GuestPath, Name, check_name};
 use super::{
-    AT_ONCE, Copy, Retry, contents_of, cut_short, mismatch, no_directory, wants_directory,
+    AT_ONCE, Copy, Retry, contents_of, cut_short, mismatch, no_directory, odd_link, wants_directory,
 };
 use crate::connect::ask;
 use crate::errors::{ErrorCode, Failure};
@@ -31,14 +31,23 @@ const PART: u64 = 64 << 20;
 const MOST_ENTRIES: usize = 1_000_000;
 const DEEPEST: usize = 100;
 
-/// One directory or file to copy.
+/// What there is to copy.
+#[derive(Debug, PartialEq, Eq)]
+enum What {
+    Directory,
+    File,
+    /// A symbolic link, and what it says.
+    Link(String),
+}
+
+/// One of them.
 struct Item {
     from: GuestPath,
     /// Its names below the base.
     to: Vec<String>,
     attributes: Attributes,
     depth: usize,
-    directory: bool,
+    what: What,
 }
 
 fn attributes(file: &GuestFile) -> Attributes {
@@ -132,7 +141,11 @@ pub(super) async fn run(
             to: name.into_iter().collect(),
             attributes: attributes(&file),
             depth: 0,
-            directory,
+            what: if directory {
+                What::Directory
+            } else {
+                What::File
+            },
         };
         tree(copy, &base, top).await?;
     }
@@ -155,15 +168,21 @@ fn split(target: &Path) -> Result<(PathBuf, Option<String>), Failure> {
 /// Copies one source with all that is below it.
 async fn tree(copy: &Copy<'_>, base: &Base, top: Item) -> Result<(), Failure> {
     let items = look(copy, top).await?;
-    let files = items.iter().filter(|item| !item.directory);
+    let files = items.iter().filter(|item| item.what == What::File);
     copy.tally.expect(
         files.clone().count() as u64,
         files
             .map(|item| item.attributes.size)
             .fold(0, u64::saturating_add),
     );
-    let (directories, files): (Vec<Item>, Vec<Item>) =
-        items.into_iter().partition(|item| item.directory);
+    let (mut directories, mut files, mut links) = (Vec::new(), Vec::new(), Vec::new());
+    for item in items {
+        match item.what {
+            What::Directory => directories.push(item),
+            What::File => files.push(item),
+            What::Link(_) => links.push(item),
+        }
+    }
     let mut made = Vec::new();
     for directory in &directories {
         let new = base.make_directory(&directory.to).map_err(|error| {
@@ -183,6 +202,10 @@ async fn tree(copy: &Copy<'_>, base: &Base, top: Item) -> Result<(), Failure> {
             copy.settle(fetch(copy, base, item).await)
         })
         .await?;
+    // Last, so that nothing is written where one of them may be.
+    for link in &links {
+        copy.settle(make_link(copy, base, link))?;
+    }
     // From the inside out, once nothing more is written in them: a mode may shut us out, and each
     // file changes the time of its directory.
     for directory in made.into_iter().rev() {
@@ -200,7 +223,7 @@ async fn look(copy: &Copy<'_>, top: Item) -> Result<Vec<Item>, Failure> {
     let mut items = vec![top];
     let mut at = 0;
     while at < items.len() {
-        if items[at].directory {
+        if items[at].what == What::Directory {
             let below = list(copy, &items[at], items.len()).await?;
             items.extend(below);
         }
@@ -287,13 +310,16 @@ async fn entry(
     } else {
         file.clone()
     };
-    let is_directory = match seen.kind() {
-        GuestFileKind::Directory => true,
-        GuestFileKind::File => false,
-        GuestFileKind::Symlink => {
-            copy.skip(&from.shown(), "a symbolic link");
-            return Ok(None);
-        }
+    let what = match seen.kind() {
+        GuestFileKind::Directory => What::Directory,
+        GuestFileKind::File => What::File,
+        GuestFileKind::Symlink => match odd_link(&seen.symlink_target) {
+            None => What::Link(seen.symlink_target.clone()),
+            Some(why) => {
+                copy.skip(&from.shown(), why);
+                return Ok(None);
+            }
+        },
         GuestFileKind::Unspecified | GuestFileKind::Other => {
             copy.skip(&from.shown(), "a device, pipe or socket");
             return Ok(None);
@@ -306,8 +332,22 @@ async fn entry(
         to,
         attributes: attributes(&seen),
         depth: directory.depth + 1,
-        directory: is_directory,
+        what,
     }))
+}
+
+/// Makes a symbolic link that says what it says in the guest.
+fn make_link(copy: &Copy<'_>, base: &Base, item: &Item) -> Result<(), Failure> {
+    let What::Link(says) = &item.what else {
+        return Ok(());
+    };
+    base.make_link(&item.to, says, &item.attributes, copy.keep_owner)
+        .map_err(|error| {
+            let shown = printable(&item.to.join("/"));
+            Failure::io(format!("the link {shown} cannot be made"), &error)
+        })?;
+    copy.tally.link();
+    Ok(())
 }
 
 /// Fetches one file, over as many breaks as it takes.

@@ -10,7 +10,7 @@ use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
+use rustix::fs::{AtFlags, FlockOperation, Gid, Mode, OFlags, Timespec, Timestamps, Uid};
 use twox_hash::XxHash3_128;
 
 use crate::errors::{ErrorCode, Failure};
@@ -35,6 +35,33 @@ impl Attributes {
         file.set_permissions(std::fs::Permissions::from_mode(self.mode & 0o777))?;
         if let Some(modified) = self.modified.and_then(time) {
             file.set_modified(modified)?;
+        }
+        Ok(())
+    }
+
+    /// The same for a symbolic link, which has no mode.
+    fn apply_to_link(&self, parent: &OwnedFd, name: &str, keep_owner: bool) -> io::Result<()> {
+        if keep_owner && rustix::process::geteuid().is_root() {
+            let (uid, gid) = (Uid::from_raw(self.uid), Gid::from_raw(self.gid));
+            rustix::fs::chownat(
+                parent,
+                name,
+                Some(uid),
+                Some(gid),
+                AtFlags::SYMLINK_NOFOLLOW,
+            )?;
+        }
+        let known = self.modified.filter(|modified| time(*modified).is_some());
+        if let Some((seconds, nanos)) = known {
+            let time = Timespec {
+                tv_sec: seconds,
+                tv_nsec: nanos.into(),
+            };
+            let times = Timestamps {
+                last_access: time,
+                last_modification: time,
+            };
+            rustix::fs::utimensat(parent, name, &times, AtFlags::SYMLINK_NOFOLLOW)?;
         }
         Ok(())
     }
@@ -104,6 +131,31 @@ impl Base {
     ) -> io::Result<()> {
         let directory = File::from(self.directory(names)?);
         attributes.apply(&directory, keep_owner)
+    }
+
+    /// Makes a symbolic link, in the place of a file or link that is there. What it says is not
+    /// looked at; it appears under its name by a rename, so that a directory is never replaced.
+    pub(super) fn make_link(
+        &self,
+        names: &[String],
+        says: &str,
+        attributes: &Attributes,
+        keep_owner: bool,
+    ) -> io::Result<()> {
+        let (name, above) = names
+            .split_last()
+            .ok_or_else(|| io::Error::other("the destination has no name"))?;
+        let parent = self.directory(above)?;
+        // Others who may write here cannot know it, and where they do, it is there already and fails.
+        let part = format!(".ghost-{}.part", uuid::Uuid::new_v4().simple());
+        rustix::fs::symlinkat(says, &parent, &part)?;
+        let placed = attributes
+            .apply_to_link(&parent, &part, keep_owner)
+            .and_then(|()| Ok(rustix::fs::renameat(&parent, &part, &parent, name)?));
+        if placed.is_err() {
+            let _ = rustix::fs::unlinkat(&parent, &part, AtFlags::empty());
+        }
+        placed
     }
 
     /// Opens what an earlier try for the same file has left, or begins anew. `identity` tells
@@ -233,6 +285,42 @@ mod tests {
         assert_eq!(std::fs::read_to_string(&target).unwrap(), "mine");
         assert!(!home.path().join("file").is_symlink());
         assert_eq!(std::fs::read_dir(elsewhere.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_link_takes_the_place_of_a_file_or_link_and_of_nothing_else() {
+        let home = tempfile::tempdir().unwrap();
+        let base = Base::open(home.path()).unwrap();
+        let attributes = Attributes {
+            uid: rustix::process::geteuid().as_raw(),
+            gid: rustix::process::getegid().as_raw(),
+            modified: Some((1_500_000_000, 5)),
+            ..Attributes::default()
+        };
+        let make = |name: &str, says: &str| base.make_link(&names(name), says, &attributes, true);
+        std::fs::create_dir(home.path().join("dir")).unwrap();
+        std::fs::write(home.path().join("dir/kept"), "mine").unwrap();
+        std::fs::write(home.path().join("file"), "old").unwrap();
+        make("file", "../../etc/passwd").unwrap();
+        make("new", "dir").unwrap();
+        make("new", "/nowhere").unwrap();
+        let says = |name: &str| std::fs::read_link(home.path().join(name)).unwrap();
+        assert_eq!(says("file"), Path::new("../../etc/passwd"));
+        assert_eq!(says("new"), Path::new("/nowhere"));
+        assert_eq!(
+            home.path().join("new").symlink_metadata().unwrap().mtime(),
+            1_500_000_000
+        );
+        // A directory stays, and a link in the way is not followed.
+        make("dir", "elsewhere").unwrap_err();
+        make("new", "dir").unwrap();
+        make("new/below", "x").unwrap_err();
+        assert!(home.path().join("dir/kept").is_file());
+        assert_eq!(std::fs::read_dir(home.path()).unwrap().count(), 3);
+        assert_eq!(
+            std::fs::read_dir(home.path().join("dir")).unwrap().count(),
+            1
+        );
     }
 
     #[test]

@@ -2,7 +2,10 @@
 //!
 //! Several files are under way at once, so that small ones do not wait for each other's answers. A
 //! file that breaks off goes on where it was, in this run and in the next. Of what cannot be copied
-//! (links, devices, names that cannot be written) each is named, and the exit code says so.
+//! (devices, names that cannot be written) each is named, and the exit code says so.
+//!
+//! Symbolic links are made last, once all else is written, and what they say is never followed: so
+//! none of them can turn what is written here, or in the guest, aside.
 
 mod download;
 mod local;
@@ -42,6 +45,7 @@ struct Copied {
     destination: String,
     files: u64,
     directories: u64,
+    links: u64,
     size_bytes: u64,
     /// What was left out, and why.
     skipped: Vec<String>,
@@ -110,16 +114,25 @@ pub(super) async fn run(args: CpArgs, session: &Session) -> Result<Exit, Failure
 fn said(copied: &Copied) -> String {
     let number = |number: u64| usize::try_from(number).unwrap_or(usize::MAX);
     let files = count(number(copied.files), "file", "files");
-    let directories = match copied.directories {
-        0 => String::new(),
-        some => format!(" and {}", count(number(some), "directory", "directories")),
+    let others: Vec<String> = [
+        (copied.directories, "directory", "directories"),
+        (copied.links, "link", "links"),
+    ]
+    .into_iter()
+    .filter(|(some, ..)| *some > 0)
+    .map(|(some, one, more)| count(number(some), one, more))
+    .collect();
+    let others = match others.as_slice() {
+        [] => String::new(),
+        [one] => format!(" and {one}"),
+        [first, second, ..] => format!(", {first} and {second}"),
     };
     let skipped = match copied.skipped.len() {
         0 => String::new(),
         some => format!("; {some} left out"),
     };
     format!(
-        "Copied {files}{directories} ({}) to {}{skipped}\n",
+        "Copied {files}{others} ({}) to {}{skipped}\n",
         human_size(copied.size_bytes),
         printable(&copied.destination)
     )
@@ -234,6 +247,17 @@ impl Copy<'_> {
         self.session.failed(&failure);
         self.tally.failed(failure.exit());
         Ok(())
+    }
+}
+
+/// What a symbolic link cannot say on the other side, if so: what is not UTF-8 arrives changed.
+fn odd_link(target: &str) -> Option<&'static str> {
+    match target.len() {
+        0 | 4096.. => Some("a symbolic link, and what it says cannot be known"),
+        _ if target.contains(char::REPLACEMENT_CHARACTER) => {
+            Some("a symbolic link, and what it says is not valid UTF-8")
+        }
+        _ => None,
     }
 }
 

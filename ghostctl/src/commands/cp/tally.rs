@@ -66,6 +66,10 @@ impl Tally {
         self.copied.borrow_mut().directories += 1;
     }
 
+    pub(super) fn link(&self) {
+        self.copied.borrow_mut().links += 1;
+    }
+
     pub(super) fn broke(&self) {
         self.breaks.set(self.breaks.get() + 1);
         self.show();

@@ -9,8 +9,8 @@ use futures::{StreamExt as _, TryStreamExt as _};
 use ghost_proto::agent::v1::write_guest_file_request::{End, Event as In};
 use ghost_proto::agent::v1::write_guest_file_response::Event as Out;
 use ghost_proto::agent::v1::{
-    GuestFileKind, GuestFileSum, MakeGuestDirectoryRequest, StatGuestFileRequest,
-    WriteGuestFileRequest, WriteGuestFileResponse, WriteGuestFileStart,
+    GuestFileKind, GuestFileSum, MakeGuestDirectoryRequest, MakeGuestLinkRequest,
+    StatGuestFileRequest, WriteGuestFileRequest, WriteGuestFileResponse, WriteGuestFileStart,
 };
 use prost_types::Timestamp;
 use tokio::io::AsyncReadExt as _;
@@ -21,7 +21,7 @@ use twox_hash::XxHash3_128;
 
 use super::place::GuestPath;
 use super::{
-    AT_ONCE, Copy, PIECE, Retry, Target, contents_of, cut_short, mismatch, no_directory,
+    AT_ONCE, Copy, PIECE, Retry, Target, contents_of, cut_short, mismatch, no_directory, odd_link,
     wants_directory,
 };
 use crate::connect::ask;
@@ -34,7 +34,7 @@ const PLAIN: u32 = 0o644;
 /// A deeper tree is a loop of links.
 const DEEPEST: usize = 100;
 
-/// One directory or file to copy.
+/// One directory, file or symbolic link to copy.
 struct Item {
     from: PathBuf,
     to: GuestPath,
@@ -151,8 +151,10 @@ pub(super) async fn run(
         files.clone().count() as u64,
         files.map(|item| item.known.len()).sum(),
     );
-    let (directories, files): (Vec<Item>, Vec<Item>) =
+    let (directories, others): (Vec<Item>, Vec<Item>) =
         items.into_iter().partition(|item| item.known.is_dir());
+    let (links, files): (Vec<Item>, Vec<Item>) =
+        others.into_iter().partition(|item| item.known.is_symlink());
     // A level at a time: what is in a directory needs it.
     for level in directories.chunk_by(|a, b| a.depth == b.depth) {
         futures::stream::iter(level.iter().map(Ok))
@@ -163,6 +165,13 @@ pub(super) async fn run(
         .map(Ok)
         .try_for_each_concurrent(AT_ONCE, |item| async move {
             copy.settle(send_file(copy, item).await)
+        })
+        .await?;
+    // Last, so that nothing is written through one of them.
+    futures::stream::iter(&links)
+        .map(Ok)
+        .try_for_each_concurrent(AT_ONCE, |item| async move {
+            copy.settle(make_link(copy, item).await)
         })
         .await
 }
@@ -198,13 +207,8 @@ fn look(copy: &Copy<'_>, top: Item, items: &mut Vec<Item>) -> Result<(), Failure
         for item in level {
             if item.known.is_dir() {
                 enter(copy, &item, &mut below)?;
-            } else if !item.known.is_file() {
-                let kind = if item.known.is_symlink() {
-                    "a symbolic link"
-                } else {
-                    "a device, pipe or socket"
-                };
-                copy.skip(&item.from.display().to_string(), kind);
+            } else if !item.known.is_file() && !item.known.is_symlink() {
+                copy.skip(&item.from.display().to_string(), "a device, pipe or socket");
                 continue;
             }
             items.push(item);
@@ -274,6 +278,55 @@ async fn make_directory(copy: &Copy<'_>, item: &Item) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Makes a symbolic link in the guest that says what it says here.
+async fn make_link(copy: &Copy<'_>, item: &Item) -> Result<(), Failure> {
+    let shown = item.from.display().to_string();
+    let says = std::fs::read_link(&item.from).map_err(|error| unreadable(&shown, &error))?;
+    // Where it is no UTF-8 it is taken for what a guest's would be.
+    let says = says.to_string_lossy().into_owned();
+    if let Some(why) = odd_link(&says) {
+        copy.skip(&shown, why);
+        return Ok(());
+    }
+    let request = MakeGuestLinkRequest {
+        vm: item.to.vm.clone(),
+        path: item.to.path.clone(),
+        target: says,
+        uid: item.known.uid(),
+        gid: item.known.gid(),
+        keep_owner: copy.keep_owner,
+        modified_at: modified(&item.known),
+    };
+    let mut retry = Retry::new();
+    loop {
+        let Err(status) = copy.agent.guest().make_link(ask(request.clone())).await else {
+            copy.tally.link();
+            return Ok(());
+        };
+        let failure = copy.agent.failure(&status);
+        // Made again it is the same.
+        retry.reached(0);
+        // An agent of an earlier release, on the host or in the guest, or one whose owner forbids it.
+        if status.code() == tonic::Code::Unimplemented
+            || failure.code() == ErrorCode::GuestUnsupported.as_str()
+        {
+            copy.skip(
+                &shown,
+                "a symbolic link, which this VM's agent does not make",
+            );
+            return Ok(());
+        }
+        retry.again(failure, copy).await?;
+    }
+}
+
+fn modified(known: &Metadata) -> Option<Timestamp> {
+    Some(Timestamp {
+        seconds: known.mtime(),
+        nanos: i32::try_from(known.mtime_nsec()).unwrap_or(0),
+    })
+}
+
 async fn send_file(copy: &Copy<'_>, item: Item) -> Result<(), Failure> {
     let shown = item.from.display().to_string();
     let failed = |error: &io::Error| unreadable(&shown, error);
@@ -292,10 +345,7 @@ async fn send_file(copy: &Copy<'_>, item: Item) -> Result<(), Failure> {
         resume: true,
         make_parents: false,
         no_replace: false,
-        modified_at: Some(Timestamp {
-            seconds: known.mtime(),
-            nanos: i32::try_from(known.mtime_nsec()).unwrap_or(0),
-        }),
+        modified_at: modified(&known),
     };
     send(copy, file, start).await
 }

@@ -647,6 +647,24 @@ impl GuestService for Fake {
         Ok(Response::new(MakeGuestDirectoryResponse {}))
     }
 
+    async fn make_link(
+        &self,
+        request: Request<MakeGuestLinkRequest>,
+    ) -> Answer<MakeGuestLinkResponse> {
+        let request = self.note(request);
+        refuse(&request.vm)?;
+        if request.path.contains("oldlinks") {
+            return Err(refused("guest_unsupported", "it does not offer links"));
+        }
+        let path = self.0.guest.path(&request.path);
+        let failed = |failed: std::io::Error| io(&request.path, &failed);
+        if path.symlink_metadata().is_ok() {
+            std::fs::remove_file(&path).map_err(failed)?;
+        }
+        std::os::unix::fs::symlink(&request.target, &path).map_err(failed)?;
+        Ok(Response::new(MakeGuestLinkResponse {}))
+    }
+
     type ReadFileStream = Stream<ReadGuestFileResponse>;
 
     async fn read_file(

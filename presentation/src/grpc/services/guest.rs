@@ -190,6 +190,19 @@ impl GuestService for Guests {
         Ok(Response::new(message::MakeGuestDirectoryResponse {}))
     }
 
+    async fn make_link(
+        &self,
+        request: Request<message::MakeGuestLinkRequest>,
+    ) -> Answered<message::MakeGuestLinkResponse> {
+        let caller = principal(request.extensions())?;
+        let (_, extensions, given) = request.into_parts();
+        let target = target(&extensions, given.vm.clone());
+        let link = convert::link_make(given).or_status()?;
+        let make = &self.0.make_guest_link;
+        make.execute(&caller, &target, link).await.or_status()?;
+        Ok(Response::new(message::MakeGuestLinkResponse {}))
+    }
+
     type ReadFileStream = Answer<message::ReadGuestFileResponse>;
 
     async fn read_file(

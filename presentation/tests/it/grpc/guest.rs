@@ -474,8 +474,22 @@ async fn directories_are_listed_made_and_looked_at() {
         ..Default::default()
     };
     client.make_directory(make).await.unwrap();
+    let link = |target: &str| message::MakeGuestLinkRequest {
+        vm: "web".into(),
+        path: "/d/l".into(),
+        target: target.into(),
+        ..Default::default()
+    };
+    client.make_link(link("../elsewhere")).await.unwrap();
+    for bad in ["", "a\0b", &"x".repeat(4096)] {
+        let status = client.make_link(link(bad)).await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument, "{bad:?}");
+    }
     let guest = &served.world.knobs.guest;
-    assert_eq!(*guest.controls.lock().unwrap(), ["mkdir /d 755"]);
+    assert_eq!(
+        *guest.controls.lock().unwrap(),
+        ["mkdir /d 755", "link /d/l -> ../elsewhere"]
+    );
     guest.put("/f", b"abc");
     let stat = |path: &str| message::StatGuestFileRequest {
         vm: "web".into(),
