@@ -20,13 +20,18 @@ CACHE=$(cache_dir)
 mkdir -p "$CACHE"
 
 root_of() {
-    local kind=$1 include=sysvinit-core,initscripts,procps
-    if [ "$kind" = sysv ]; then include=$include,sysv-rc; else include=$include,openrc; fi
+    local kind=$1 include=sysvinit-core,initscripts,procps exclude=systemd,systemd-sysv
+    case $kind in
+    sysv) include=$include,sysv-rc ;;
+    # Of those that run the scripts only one can be there, and debootstrap takes the first.
+    openrc) include=$include,openrc exclude=$exclude,sysv-rc ;;
+    *) die "there is no such kind: $kind" ;;
+    esac
     [ -f "$CACHE/init-$kind.tar" ] || {
         say "making a root with $kind"
         local W
         W=$(mktemp -d "$CACHE/init-$kind.XXXXXX")
-        debootstrap --variant=minbase --include="$include" --exclude=systemd,systemd-sysv \
+        debootstrap --variant=minbase --include="$include" --exclude="$exclude" \
             bookworm "$W/root" "$MIRROR" >"$W/log" 2>&1 || {
             tail -n 20 "$W/log" >&2
             rm -rf --one-file-system "$W"
