@@ -19,28 +19,41 @@ MIRROR=$(mirror_of bookworm)
 CACHE=$(cache_dir)
 mkdir -p "$CACHE"
 
+# The folder that a root is made in; gone with this script.
+W=$(mktemp -d "$CACHE/init.XXXXXX")
+trap 'rm -rf --one-file-system "$W"' EXIT
+
 root_of() {
-    local kind=$1 include=sysvinit-core,initscripts,procps exclude=systemd,systemd-sysv
+    local kind=$1
+    [ ! -f "$CACHE/init-$kind.tar" ] || return 0
+    say "making a root with $kind"
     case $kind in
-    sysv) include=$include,sysv-rc ;;
-    # Of those that run the scripts only one can be there, and debootstrap takes the first.
-    openrc) include=$include,openrc exclude=$exclude,sysv-rc ;;
+    sysv)
+        debootstrap --variant=minbase --include=sysvinit-core,sysv-rc,initscripts,procps \
+            --exclude=systemd,systemd-sysv bookworm "$W/sysv" "$MIRROR" >"$W/log" 2>&1
+        ;;
+    openrc)
+        # In the place of the scripts' other runner, which debootstrap would take with it.
+        root_of sysv
+        mkdir "$W/openrc"
+        tar -C "$W/openrc" -xf "$CACHE/init-sysv.tar"
+        cp --remove-destination /etc/resolv.conf "$W/openrc/etc/resolv.conf"
+        printf '#!/bin/sh\nexit 101\n' >"$W/openrc/usr/sbin/policy-rc.d"
+        chmod 755 "$W/openrc/usr/sbin/policy-rc.d"
+        inside apt-get update -qq && inside apt-get install -y --no-install-recommends openrc
+        ;;
     *) die "there is no such kind: $kind" ;;
-    esac
-    [ -f "$CACHE/init-$kind.tar" ] || {
-        say "making a root with $kind"
-        local W
-        W=$(mktemp -d "$CACHE/init-$kind.XXXXXX")
-        debootstrap --variant=minbase --include="$include" --exclude="$exclude" \
-            bookworm "$W/root" "$MIRROR" >"$W/log" 2>&1 || {
-            tail -n 20 "$W/log" >&2
-            rm -rf --one-file-system "$W"
-            die "debootstrap failed"
-        }
-        tar -C "$W/root" -cf "$W/tar" .
-        mv "$W/tar" "$CACHE/init-$kind.tar"
-        rm -rf --one-file-system "$W"
+    esac || {
+        tail -n 20 "$W/log" >&2
+        die "the root cannot be made"
     }
+    tar -C "$W/$kind" -cf "$W/tar" .
+    mv "$W/tar" "$CACHE/init-$kind.tar"
+}
+
+inside() {
+    env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C DEBIAN_FRONTEND=noninteractive \
+        chroot "$W/openrc" "$@" >>"$W/log" 2>&1
 }
 
 for kind in ${1:-sysv openrc}; do

@@ -48,8 +48,8 @@ output_log=\"/var/log/ghost-guest.log\"
 error_log=\"/var/log/ghost-guest.log\"
 
 depend() {{
-	need localmount
-	after dev modules
+	# Not needed: Debian's OpenRC has no service of that name, and would not start this one.
+	after localmount dev modules
 }}
 ",
         program = program.display()

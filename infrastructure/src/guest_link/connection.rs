@@ -57,6 +57,8 @@ const CHUNK: (usize, usize) = (4 * 1024, 256 * 1024);
 /// resets it with the next disconnection only. Where that does not help either, as with a guest that
 /// is paused, it is tried less and less often: twice as many greetings each time, up to the second.
 const UNHEARD: (u32, u32) = (4, 64);
+/// The same after a flood, where that is likely (15 s).
+const UNHEARD_AFTER_FLOOD: u32 = 2;
 /// An empty buffer larger than the smallest read is given back after this.
 const IDLE: Duration = Duration::from_secs(1);
 
@@ -227,7 +229,9 @@ impl Connection {
                 self.read_at = Instant::now();
                 if self.unheard > 0 {
                     self.unheard = 0;
-                    self.link.memory.lock().mutes = 0;
+                    let mut memory = self.link.memory.lock();
+                    memory.mutes = 0;
+                    memory.flooded = false;
                 }
                 self.unfinished = true;
                 Ok(())
@@ -555,11 +559,16 @@ impl Connection {
     }
 
     fn is_mute(&self) -> bool {
-        let (first, most) = UNHEARD;
-        if self.unheard < first {
+        if self.unheard < UNHEARD_AFTER_FLOOD {
             return false;
         }
         let mut memory = self.link.memory.lock();
+        let (usual, most) = UNHEARD;
+        let first = if memory.flooded {
+            UNHEARD_AFTER_FLOOD
+        } else {
+            usual
+        };
         if self.unheard < first.saturating_mul(1 << memory.mutes.min(16)).min(most) {
             return false;
         }

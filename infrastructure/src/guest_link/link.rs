@@ -29,8 +29,9 @@ use super::session::{Session, unreachable};
 
 /// QEMU accepts at once, or it hangs.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
-/// How much in how long is so little that QEMU had no need to wait: far less than a socket holds.
-const QUIET: (usize, Duration) = (64 * 1024, Duration::from_millis(100));
+/// How much in how long is so little that QEMU had no need to wait: far less than a socket holds, and
+/// longer than it is kept from running on a busy host.
+const QUIET: (usize, Duration) = (64 * 1024, Duration::from_millis(500));
 /// What is thrown away at the end of a hold-off, before a guest is said to flood on: more than the
 /// queue of its port and the socket hold.
 const MOST_LEFT: usize = 8 << 20;
@@ -59,6 +60,8 @@ pub(super) struct Memory {
     pub(super) restarts: Bucket,
     /// Connections one after the other that were given up because nothing came.
     pub(super) mutes: u32,
+    /// The connection before was held off, and nothing came since: its port may have lost its voice.
+    pub(super) flooded: bool,
 }
 
 impl Link {
@@ -73,6 +76,7 @@ impl Link {
                 boot_id: None,
                 restarts: Bucket::new(8.0, 0.2),
                 mutes: 0,
+                flooded: false,
             }),
         }
     }
@@ -175,6 +179,7 @@ impl Link {
                         Ended::Mute => limits.reconnect.0,
                         Ended::Misbehaved(mut detail) => {
                             self.disconnected("it broke the rules of the protocol");
+                            self.memory.lock().flooded = true;
                             loop {
                                 if held_off_at.is_some_and(|at| at.elapsed() > FORGIVEN_AFTER) {
                                     hold_off = limits.hold_off.0;

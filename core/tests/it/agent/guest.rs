@@ -174,6 +174,10 @@ impl GuestService for Fake {
         not_here()
     }
 
+    async fn make_link(&self, _: Request<MakeGuestLinkRequest>) -> Answer<MakeGuestLinkResponse> {
+        not_here()
+    }
+
     async fn shutdown(&self, _: Request<ShutdownGuestRequest>) -> Answer<GuestDone> {
         not_here()
     }
