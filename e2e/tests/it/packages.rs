@@ -146,9 +146,9 @@ fn the_debian_package_lives_its_life_in_a_guest() {
     // purged, nothing is left.
     beside(
         "dpkg -r ghost-guest >/dev/null 2>&1; \
-         echo \"e2e: removed $? $(systemctl is-active ghost-guest) $(ls /usr/sbin | grep -c ghost-guest) $(grep -c ssh_keys /etc/ghost/guest.yaml)\" >/dev/ttyS0; \
+         echo \"e2e: removed $? $(systemctl is-active ghost-guest) $(ls /usr/sbin | grep -c ghost-guest) $(grep -c ^disabled /etc/ghost/guest.yaml)\" >/dev/ttyS0; \
          sleep 10; dpkg -i /root/new.deb >/dev/null 2>&1; \
-         echo \"e2e: back $? $(systemctl is-enabled ghost-guest) $(grep -c ssh_keys /etc/ghost/guest.yaml)\" >/dev/ttyS0",
+         echo \"e2e: back $? $(systemctl is-enabled ghost-guest) $(grep -c ^disabled /etc/ghost/guest.yaml)\" >/dev/ttyS0",
     );
     wait_console(&agent, &vm, "e2e: removed 0 inactive 0 1", STEP);
     wait_console(&agent, &vm, "e2e: back 0 enabled 1", STEP);
