@@ -13,7 +13,11 @@ GUEST_TARGET := x86_64-unknown-linux-gnu
 GUEST   := $(or $(CARGO_TARGET_DIR),target)/$(GUEST_TARGET)/guest
 
 .DEFAULT_GOAL := help
+<<<<<<< HEAD
 .PHONY: help deps cargo-there build guest hostile guest-packages images demo demo-fleet test lint fuzz proto bench install uninstall clean
+=======
+.PHONY: help deps cargo-there build guest hostile guest-packages images demo demo-fleet demo-replicas test lint proto bench install uninstall clean
+>>>>>>> 6869439 (Several replicas shown as a whole: lost leases, HTTP and audit at any replica, e2e over three members of etcd, demo)
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +64,9 @@ demo: ## sets this host up and shows one VM's life (root; IMAGE=tiny or debian-1
 
 demo-fleet: ## a Core and two hosts that join it, on this machine (root)
 	@deploy/demo-fleet.sh
+
+demo-replicas: ## two replicas of Core over three members of etcd, one of each killed
+	@deploy/replicas.sh
 
 test: ## sets this host up and runs every tier (root)
 	@deploy/test.sh

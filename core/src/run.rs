@@ -22,7 +22,7 @@ use ghost_core::presentation::grpc::Front;
 use ghost_core::presentation::metrics::{self, MetricsParts};
 use ghost_core::presentation::{Peer, PeerKind, http as api};
 use ghost_domain::ports::Clock;
-use ghost_domain::{Error, ErrorCode, Result};
+use ghost_domain::{Error, Result};
 use ghost_infrastructure::clock::SystemClock;
 use ghost_infrastructure::host;
 use ghost_infrastructure::notify::{self, Notifier};
@@ -168,6 +168,7 @@ async fn serve(config: &Config) -> Result<()> {
     let connections = TaskTracker::new();
     let mut servers = serving.spawn(bound, &connections)?;
     servers.spawn(watchdog(Arc::clone(&fleet), stop.clone()));
+    servers.spawn(hold_lease(Arc::clone(&desk), stop.clone()));
     let notifier = Notifier::from_environment();
     notifier.ready();
     host::release_startup_memory();
@@ -184,11 +185,6 @@ async fn serve(config: &Config) -> Result<()> {
             None
         }
         Some(ended) = servers.join_next() => Some(flatten(ended)),
-        () = store.lease_lost() => Some(Err(Error::new(
-            ErrorCode::StoreUnavailable,
-            "this replica's lease in the store was lost",
-        )
-        .because("others may have taken its hosts over"))),
     };
     notifier.stopping();
     stop.cancel();
@@ -428,6 +424,15 @@ async fn serve_http(
     stop: CancellationToken,
 ) -> Result<()> {
     http::serve(listener, router, http::ServerOptions::default(), stop).await;
+    Ok(())
+}
+
+/// A lease that is lost ends no process: what is in memory is still told, and hosts come back.
+async fn hold_lease(desk: Arc<Desk>, stop: CancellationToken) -> Result<()> {
+    tokio::select! {
+        () = stop.cancelled() => {}
+        () = desk.hold_lease() => {}
+    }
     Ok(())
 }
 

@@ -211,6 +211,11 @@ impl Core {
         self.child.as_ref().expect("Core runs").id()
     }
 
+    /// Whether it was started and not ended by the test.
+    pub const fn runs(&self) -> bool {
+        self.child.is_some()
+    }
+
     /// Sets a key for the next start.
     pub fn set(&mut self, key: &str, value: impl Into<Value>) {
         set(&mut self.config, key, value.into());

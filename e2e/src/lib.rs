@@ -19,6 +19,7 @@ pub mod http;
 pub mod libvirt;
 pub mod netlab;
 pub mod proxy;
+pub mod replicas;
 pub mod server;
 pub mod siege;
 pub mod wait;

@@ -31,6 +31,7 @@ fn generated_code_matches_the_protocol() {
         .bytes(".ghost.agent.v1.ReadGuestFileResponse")
         .bytes(".ghost.agent.v1.WriteGuestFileRequest")
         .bytes(".ghost.guest.v1.StreamData")
+        .bytes(".ghost.core.v1.CarriedBytes")
         .compile_fds(descriptors.clone())
         .unwrap();
     fs::write(

@@ -7,6 +7,8 @@ use super::*;
 
 const EXAMPLE: &str = include_str!("../../../configs/core.yaml");
 
+const REPLICA: &str = include_str!("../../../configs/core-replica.yaml");
+
 fn load_text(text: &str, environment: &[(&str, &str)]) -> Result<Loaded, Faults> {
     let environment: BTreeMap<String, String> = environment
         .iter()
@@ -27,6 +29,16 @@ fn the_example_has_every_key_at_its_default() {
     let known = Known::of::<Config>();
     let all: BTreeSet<_> = known.keys.into_iter().collect();
     assert_eq!(written, all, "keys that the example does not name");
+}
+
+#[test]
+fn the_example_of_a_replica_is_right_and_differs_where_it_has_to() {
+    let loaded = load_text(REPLICA, &[]).unwrap_or_else(|faults| panic!("{faults}"));
+    let config = loaded.config;
+    assert_eq!(config.store.engine, Engine::Etcd);
+    assert_eq!(config.store.etcd.endpoints.0.len(), 3);
+    assert!(config.replica.name.is_some() && config.replica.address.is_some());
+    assert!(config.core.addresses.0.len() > 1);
 }
 
 #[test]

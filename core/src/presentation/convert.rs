@@ -533,7 +533,7 @@ pub(super) fn api_key(key: &FleetKey) -> agent::ApiKey {
     }
 }
 
-pub(super) fn audit(entry: FleetAuditEntry) -> message::FleetAuditEntry {
+pub(super) fn audit(entry: FleetAuditEntry, replica: &str) -> message::FleetAuditEntry {
     let record = entry.record;
     message::FleetAuditEntry {
         sequence: entry.sequence,
@@ -550,5 +550,6 @@ pub(super) fn audit(entry: FleetAuditEntry) -> message::FleetAuditEntry {
         outcome: record.outcome,
         request_id: record.request_id,
         detail: record.detail,
+        replica: replica.to_owned(),
     }
 }

@@ -10,5 +10,6 @@ pub mod http;
 pub mod metrics;
 mod peer;
 pub mod route;
+mod status;
 
 pub use peer::{Peer, PeerKind};

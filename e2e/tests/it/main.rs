@@ -32,6 +32,7 @@ mod packages;
 mod pull;
 mod random;
 mod remote;
+mod replicas;
 mod support;
 mod taken_core;
 mod terminal;

@@ -925,6 +925,26 @@ pub mod enrolment_service_server {
     }
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CarriedBytes {
+    #[prost(bytes = "bytes", tag = "1")]
+    pub data: ::prost::bytes::Bytes,
+}
+/// As ListFleetAuditRequest, with the host by its id, and with nobody's rights to look at any more:
+/// the replica that asks has done that.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListOwnAuditRequest {
+    #[prost(string, tag = "1")]
+    pub tenant: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub host_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub user: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "4")]
+    pub since: ::core::option::Option<::prost_types::Timestamp>,
+    #[prost(uint32, tag = "5")]
+    pub limit: u32,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct OwnsRequest {
     #[prost(string, tag = "1")]
     pub host_id: ::prost::alloc::string::String,
@@ -1523,6 +1543,9 @@ pub struct FleetAuditEntry {
     pub request_id: ::prost::alloc::string::String,
     #[prost(string, tag = "11")]
     pub detail: ::prost::alloc::string::String,
+    /// The replica in whose log it stands: whom the caller asked.
+    #[prost(string, tag = "12")]
+    pub replica: ::prost::alloc::string::String,
 }
 /// Generated client implementations.
 pub mod fleet_service_client {
@@ -3643,6 +3666,57 @@ pub mod replica_service_client {
                 .insert(GrpcMethod::new("ghost.core.v1.ReplicaService", "Owns"));
             self.inner.unary(req, path, codec).await
         }
+        /// A stream of bytes to a host whose link the replica has, as a stream of the link itself. The
+        /// metadata ghost-host names it by its id. It is passed on no further.
+        pub async fn carry(
+            &mut self,
+            request: impl tonic::IntoStreamingRequest<Message = super::CarriedBytes>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::CarriedBytes>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/ghost.core.v1.ReplicaService/Carry",
+            );
+            let mut req = request.into_streaming_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("ghost.core.v1.ReplicaService", "Carry"));
+            self.inner.streaming(req, path, codec).await
+        }
+        /// The lines of this replica's own audit log, oldest first.
+        pub async fn list_own_audit(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ListOwnAuditRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::FleetAuditEntry>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/ghost.core.v1.ReplicaService/ListOwnAudit",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("ghost.core.v1.ReplicaService", "ListOwnAudit"));
+            self.inner.server_streaming(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -3663,6 +3737,32 @@ pub mod replica_service_server {
             &self,
             request: tonic::Request<super::OwnsRequest>,
         ) -> std::result::Result<tonic::Response<super::OwnsResponse>, tonic::Status>;
+        /// Server streaming response type for the Carry method.
+        type CarryStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::CarriedBytes, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// A stream of bytes to a host whose link the replica has, as a stream of the link itself. The
+        /// metadata ghost-host names it by its id. It is passed on no further.
+        async fn carry(
+            &self,
+            request: tonic::Request<tonic::Streaming<super::CarriedBytes>>,
+        ) -> std::result::Result<tonic::Response<Self::CarryStream>, tonic::Status>;
+        /// Server streaming response type for the ListOwnAudit method.
+        type ListOwnAuditStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::FleetAuditEntry, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// The lines of this replica's own audit log, oldest first.
+        async fn list_own_audit(
+            &self,
+            request: tonic::Request<super::ListOwnAuditRequest>,
+        ) -> std::result::Result<
+            tonic::Response<Self::ListOwnAuditStream>,
+            tonic::Status,
+        >;
     }
     /// Between the replicas of one Core.
     #[derive(Debug)]
@@ -3781,6 +3881,100 @@ pub mod replica_service_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/ghost.core.v1.ReplicaService/Carry" => {
+                    #[allow(non_camel_case_types)]
+                    struct CarrySvc<T: ReplicaService>(pub Arc<T>);
+                    impl<
+                        T: ReplicaService,
+                    > tonic::server::StreamingService<super::CarriedBytes>
+                    for CarrySvc<T> {
+                        type Response = super::CarriedBytes;
+                        type ResponseStream = T::CarryStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<
+                                tonic::Streaming<super::CarriedBytes>,
+                            >,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as ReplicaService>::carry(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = CarrySvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/ghost.core.v1.ReplicaService/ListOwnAudit" => {
+                    #[allow(non_camel_case_types)]
+                    struct ListOwnAuditSvc<T: ReplicaService>(pub Arc<T>);
+                    impl<
+                        T: ReplicaService,
+                    > tonic::server::ServerStreamingService<super::ListOwnAuditRequest>
+                    for ListOwnAuditSvc<T> {
+                        type Response = super::FleetAuditEntry;
+                        type ResponseStream = T::ListOwnAuditStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ListOwnAuditRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as ReplicaService>::list_own_audit(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ListOwnAuditSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)

@@ -789,7 +789,9 @@ impl From<message::CreatedFleetKey> for CreatedFleetKey {
 /// Who did what in the fleet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct FleetAuditEntry {
-    /// Its number in the log of its replica.
+    /// The replica in whose log it stands: whom the caller asked.
+    pub replica: String,
+    /// Its number in that log; 0 where the line stands for a log that could not be read.
     pub sequence: u64,
     /// When, RFC 3339.
     #[schema(format = DateTime)]
@@ -817,6 +819,7 @@ pub struct FleetAuditEntry {
 impl From<message::FleetAuditEntry> for FleetAuditEntry {
     fn from(entry: message::FleetAuditEntry) -> Self {
         Self {
+            replica: entry.replica,
             sequence: entry.sequence,
             at: time_of(entry.at.as_ref()),
             principal: entry.principal,

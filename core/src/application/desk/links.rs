@@ -124,7 +124,7 @@ impl Link {
         self.left.cancel();
     }
 
-    async fn has_left(&self, patience: Duration) {
+    pub(super) async fn has_left(&self, patience: Duration) {
         let _ = tokio::time::timeout(patience, self.left.cancelled()).await;
     }
 }

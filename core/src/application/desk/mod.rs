@@ -15,13 +15,14 @@ mod commands;
 mod keeper;
 mod links;
 mod messages;
+mod replica;
 mod session;
 #[cfg(test)]
 mod tests;
 mod writer;
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -134,6 +135,8 @@ pub struct Desk {
     directs: OnceLock<Arc<Directs>>,
     /// Set once no link is taken any more: what those that come are told.
     closing: Mutex<Option<Goodbye>>,
+    /// Whether this replica has no lease in the store, so that no host can be its own.
+    leaseless: AtomicBool,
     stop: CancellationToken,
 }
 
@@ -159,15 +162,7 @@ impl Desk {
     /// `StoreUnavailable`.
     pub async fn start(fleet: Arc<Fleet>, options: DeskOptions) -> Result<Arc<Self>> {
         fleet.set_intervals(options.ping_interval, options.heartbeat_interval);
-        let replica = options.replica.clone();
-        fleet
-            .transact(|state| {
-                let mut draft = state.draft();
-                let key = RecordKey::Replica(replica.name.clone());
-                draft.put(key, Record::Replica(replica.clone()));
-                Ok(draft.done(()))
-            })
-            .await?;
+        replica::announce(&fleet, &options.replica).await?;
         let writer = HostWriter::start(Arc::clone(&fleet));
         let stop = CancellationToken::new();
         let desk = Arc::new(Self {
@@ -181,6 +176,7 @@ impl Desk {
             instances: Mutex::default(),
             directs: OnceLock::new(),
             closing: Mutex::new(None),
+            leaseless: AtomicBool::new(false),
             stop: stop.clone(),
         });
         keeper::start(&desk, stop);
@@ -291,6 +287,9 @@ impl Desk {
         };
         if let Some(goodbye) = self.closing.lock().clone() {
             return Err(goodbye);
+        }
+        if self.leaseless.load(Ordering::SeqCst) {
+            return Err(replica::leaseless(jittered(Duration::from_secs(2))));
         }
         let (oldest, newest) = self.options.protocol;
         if hello.protocol_version < oldest {
@@ -531,20 +530,21 @@ impl Desk {
                 .retry_after(spread.mul_f64(rand::random_range(0.05..=1.0)));
             link.cut.tell(goodbye);
         }
-        let gone = async {
-            while self.links.len() > 0 {
-                tokio::time::sleep(Duration::from_millis(20)).await;
+        self.gone(links, message).await;
+        self.keeper.keep(&self.fleet).await;
+    }
+
+    /// Waits until links that were told to go have gone, and ends those that do not.
+    async fn gone(&self, links: Vec<Arc<Link>>, message: &str) {
+        let left = async {
+            for link in &links {
+                link.has_left(Duration::from_secs(5)).await;
             }
         };
-        if tokio::time::timeout(Duration::from_secs(5), gone)
-            .await
-            .is_err()
-        {
-            for link in self.links.all() {
-                link.transport.close(message);
-            }
+        let _ = tokio::time::timeout(Duration::from_secs(5), left).await;
+        for link in links {
+            link.transport.close(message);
         }
-        self.keeper.keep(&self.fleet).await;
     }
 }
 

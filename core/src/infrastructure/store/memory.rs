@@ -2,14 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use async_trait::async_trait;
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use ghost_domain::{Error, ErrorCode, Result};
 use parking_lot::Mutex;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 
 use crate::domain::ports::{
@@ -43,11 +43,12 @@ struct Kept {
 #[derive(Debug)]
 pub struct MemoryStore {
     shared: Arc<SharedMemory>,
-    lease: u64,
+    lease: AtomicU64,
     alone: bool,
     faults: Mutex<Faults>,
     lost: AtomicBool,
-    losing: Notify,
+    losses: watch::Sender<u64>,
+    told: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -69,18 +70,15 @@ impl MemoryStore {
     }
 
     fn on(shared: Arc<SharedMemory>, alone: bool) -> Arc<Self> {
-        let lease = {
-            let mut inside = shared.0.lock();
-            inside.leases += 1;
-            inside.leases
-        };
+        let lease = shared.lease();
         Arc::new(Self {
             shared,
-            lease,
+            lease: AtomicU64::new(lease),
             alone,
             faults: Mutex::default(),
             lost: AtomicBool::new(false),
-            losing: Notify::new(),
+            losses: watch::Sender::new(0),
+            told: AtomicU64::new(0),
         })
     }
 
@@ -115,9 +113,16 @@ impl MemoryStore {
 
     /// The replica's lease ends: what it leased is gone.
     pub fn lose_lease(&self) {
-        self.shared.0.lock().end_lease(self.lease);
+        let lease = self.lease.load(Ordering::SeqCst);
         self.lost.store(true, Ordering::SeqCst);
-        self.losing.notify_waiters();
+        self.shared.0.lock().end_lease(lease);
+        self.losses.send_modify(|losses| *losses += 1);
+    }
+
+    /// The replica has another lease.
+    pub fn gain_lease(&self) {
+        self.lease.store(self.shared.lease(), Ordering::SeqCst);
+        self.lost.store(false, Ordering::SeqCst);
     }
 
     fn reachable(&self) -> Result<()> {
@@ -134,6 +139,15 @@ fn unavailable() -> Error {
         "the fleet's records cannot be reached",
     )
     .because("a test made it so")
+}
+
+impl SharedMemory {
+    /// A lease that nobody had.
+    fn lease(&self) -> u64 {
+        let mut inside = self.0.lock();
+        inside.leases += 1;
+        inside.leases
+    }
 }
 
 impl Shared {
@@ -250,7 +264,8 @@ impl FleetStore for MemoryStore {
         };
         // Where a real store waits; races between tasks need it.
         tokio::task::yield_now().await;
-        let committed = self.shared.0.lock().commit(&conditions, writes, self.lease);
+        let lease = self.lease.load(Ordering::SeqCst);
+        let committed = self.shared.0.lock().commit(&conditions, writes, lease);
         if unanswered {
             return Err(unavailable());
         }
@@ -262,12 +277,15 @@ impl FleetStore for MemoryStore {
     }
 
     async fn lease_lost(&self) {
+        let mut losses = self.losses.subscribe();
         loop {
-            let losing = self.losing.notified();
-            if self.lost.load(Ordering::SeqCst) {
+            let lost = *losses.borrow_and_update();
+            if self.told.fetch_max(lost, Ordering::SeqCst) < lost {
                 return;
             }
-            losing.await;
+            if losses.changed().await.is_err() {
+                return std::future::pending().await;
+            }
         }
     }
 
@@ -281,7 +299,8 @@ impl FleetStore for MemoryStore {
     }
 
     async fn close(&self) -> Result<()> {
-        self.shared.0.lock().end_lease(self.lease);
+        let lease = self.lease.load(Ordering::SeqCst);
+        self.shared.0.lock().end_lease(lease);
         Ok(())
     }
 }

@@ -144,6 +144,19 @@ pub const CORE_METHODS: &[CoreMethod] = &[
         shape: Shape::Unary,
         audited: false,
     },
+    // Whom it is for was looked at, and written down, by the replica that asks.
+    CoreMethod {
+        path: "/ghost.core.v1.ReplicaService/Carry",
+        access: Replica,
+        shape: Shape::Stream,
+        audited: false,
+    },
+    CoreMethod {
+        path: "/ghost.core.v1.ReplicaService/ListOwnAudit",
+        access: Replica,
+        shape: Shape::Stream,
+        audited: false,
+    },
     // Core's own operators, as ghostctl knows them from a host's agent.
     changes(
         "/ghost.agent.v1.AccessService/CreateToken",
@@ -276,7 +289,8 @@ mod tests {
         for method in CORE_METHODS {
             let verb = method.path.rsplit('/').next().unwrap();
             let reads = [
-                "Get", "List", "Watch", "Place", "Check", "Owns", "WhoAmI", "Renew", "Server",
+                "Get", "List", "Watch", "Place", "Check", "Owns", "Carry", "WhoAmI", "Renew",
+                "Server",
             ];
             let only_reads = reads.iter().any(|prefix| verb.starts_with(prefix));
             assert_eq!(method.audited, !only_reads, "{}", method.path);

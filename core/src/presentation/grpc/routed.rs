@@ -261,7 +261,9 @@ impl Routed {
             .forward(&onward, request)
             .await
             .map_err(|error| match error.code() {
-                ErrorCode::HostOffline => self.offline(host, method.path, error),
+                ErrorCode::HostOffline | ErrorCode::CoreUnreachable => {
+                    self.offline(host, method.path, error)
+                }
                 _ => error,
             })
     }

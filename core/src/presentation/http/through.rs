@@ -30,7 +30,6 @@ use crate::application::quota_check::{Reserved, Wanted};
 use crate::domain::{Caller, HostRecord};
 use crate::presentation::grpc::front::{Door, Entered};
 use crate::presentation::grpc::routed::labels;
-use crate::presentation::route::Target;
 use crate::presentation::route::headers::{stays_here, strip, vouch};
 
 /// Most bytes of a body that Core reads itself: those of VMs that are made or changed.
@@ -412,11 +411,10 @@ impl Shell {
         match sent {
             Err(error) => {
                 let error = match error.code() {
-                    ErrorCode::HostOffline => {
-                        self.front
-                            .routed
-                            .offline(&entered.host, &onward.path, error)
-                    }
+                    ErrorCode::HostOffline | ErrorCode::CoreUnreachable => self
+                        .front
+                        .routed
+                        .offline(&entered.host, &onward.path, error),
                     _ => error,
                 };
                 Err(self.refuse(entered, error).await)
@@ -444,18 +442,10 @@ impl Shell {
         mut request: Request,
     ) -> Result<Response> {
         let host = &entered.host;
-        if let Target::Replica { name, .. } = self.front.routed.target(host, false)? {
-            return Err(Error::new(
-                ErrorCode::HostOffline,
-                format!("the host {} is linked to another replica", host.name),
-            )
-            .because(format!(
-                "{name} has it, and HTTP goes to hosts from there only"
-            ))
-            .hint("ask that replica, or use gRPC, which is forwarded"));
-        }
+        let target = self.front.routed.target(host, false)?;
         let ours = onward.upgrades.then(|| hyper::upgrade::on(&mut request));
-        let stream = self.front.parts.links.open(host.id).await?;
+        let router = &self.front.parts.router;
+        let stream = router.stream(&target, host.id, host.name.as_str()).await?;
         let broken = |cause: hyper::Error| {
             Error::new(
                 ErrorCode::AgentUnreachable,

@@ -17,6 +17,7 @@
 pub(in crate::presentation) mod headers;
 mod pool;
 mod relay;
+pub(in crate::presentation) mod replica;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,6 +26,7 @@ use async_trait::async_trait;
 use axum::http::{Request, Response, Uri, Version};
 use ghost_domain::{Error, ErrorCode, HostId, Result};
 use ghost_presentation::Shape;
+use ghost_proto::core::v1::{FleetAuditEntry, ListOwnAuditRequest};
 use tokio::time::Instant;
 use tonic::body::Body;
 
@@ -78,6 +80,8 @@ pub struct Onward<'a> {
 /// So long a unary call may be without an answer where its caller sets no deadline: longer than the
 /// host itself takes to give one up.
 const LONGEST_UNARY: Duration = Duration::from_secs(60);
+/// How long another replica may take to tell of its audit log.
+const LONGEST_AUDIT: Duration = Duration::from_secs(10);
 /// So much later than its caller's deadline Core ends a call by itself: the host does it better.
 const GRACE: Duration = Duration::from_millis(500);
 
@@ -102,6 +106,54 @@ impl Router {
     /// HTTP/2 connections to hosts that are open now.
     pub fn connections(&self) -> usize {
         self.pool.connections()
+    }
+
+    /// A new stream of bytes to a host, as its link has them, also where another replica has that.
+    ///
+    /// # Errors
+    /// `HostOffline` where there is no way to the host, `CoreUnreachable` where the replica does
+    /// not answer.
+    pub async fn stream(
+        &self,
+        target: &Target,
+        host: HostId,
+        host_name: &str,
+    ) -> Result<Box<dyn ByteStream>> {
+        match target {
+            Target::Host(host) => self.pool.hosts().open(*host).await,
+            Target::Replica { .. } => {
+                let lease = self.pool.lease(target, host_name).await?;
+                replica::carry(lease, host).await
+            }
+        }
+    }
+
+    /// The lines of another replica's own audit log.
+    ///
+    /// # Errors
+    /// `CoreUnreachable` where it does not answer; what it says.
+    pub async fn audit_of(
+        &self,
+        replica: &Replica,
+        request: ListOwnAuditRequest,
+    ) -> Result<Vec<FleetAuditEntry>> {
+        let target = Target::Replica {
+            name: replica.name.clone(),
+            address: replica.address.clone(),
+        };
+        let asked = async {
+            let lease = self.pool.lease(&target, "of nobody").await?;
+            replica::audit(lease, request).await
+        };
+        let silent = |_| {
+            Error::new(
+                ErrorCode::CoreUnreachable,
+                format!("the replica {} does not answer", replica.name),
+            )
+        };
+        tokio::time::timeout(LONGEST_AUDIT, asked)
+            .await
+            .map_err(silent)?
     }
 
     /// Carries a call to its host and gives back the head of the answer; its body goes on by itself.

@@ -20,6 +20,13 @@ use super::{Onward, ReplicaLinks, Target};
 use crate::application::links::{ByteStream, HostLinks};
 use crate::domain::Replica;
 
+/// Most calls on one connection to another replica, which takes 256.
+const MOST_REPLICA_CALLS: usize = 200;
+/// Most connections to one replica.
+const MOST_REPLICA_CONNECTIONS: usize = 16;
+/// How often a connection to a replica is tried while calls run on it, and how long that may take.
+const REPLICA_KEEP_ALIVE: Duration = Duration::from_secs(5);
+
 /// How the connections are.
 #[derive(Clone, Copy, Debug)]
 pub struct PoolOptions {
@@ -89,6 +96,11 @@ struct Connection {
 pub(super) struct Lease(Arc<Connection>);
 
 impl Lease {
+    /// The connection, for calls that the lease is held for.
+    pub(super) fn sender(&self) -> SendRequest<Body> {
+        self.0.sender.clone()
+    }
+
     /// Whether a call failed because its connection is gone.
     pub(super) fn is_lost(&self, error: &hyper::Error) -> bool {
         if self.0.sender.is_closed() || error.is_closed() || error.is_canceled() {
@@ -149,6 +161,11 @@ impl Pool {
         pool
     }
 
+    /// The links that this replica has.
+    pub(super) fn hosts(&self) -> &Arc<dyn HostLinks> {
+        &self.hosts
+    }
+
     pub(super) fn connections(&self) -> usize {
         let slots: Vec<_> = self.slots.lock().values().cloned().collect();
         slots
@@ -170,7 +187,7 @@ impl Pool {
         let mut attempts = 0;
         loop {
             attempts += 1;
-            let lease = self.lease(onward).await?;
+            let lease = self.lease(&onward.target, onward.host_name).await?;
             let mut sender = lease.0.sender.clone();
             let mut failed = match sender.try_send_request(request).await {
                 Ok(response) => return Ok((response, lease)),
@@ -188,41 +205,44 @@ impl Pool {
         }
     }
 
-    async fn lease(&self, onward: &Onward<'_>) -> Result<Lease> {
+    /// A place for a call to a target, for the host of this name.
+    pub(super) async fn lease(&self, target: &Target, host_name: &str) -> Result<Lease> {
         let slot = {
             let mut slots = self.slots.lock();
-            Arc::clone(slots.entry(onward.target.clone()).or_default())
+            Arc::clone(slots.entry(target.clone()).or_default())
         };
-        let way = match &onward.target {
+        let way = match target {
             Target::Host(host) => self.hosts.way(*host).await,
             Target::Replica { .. } => 0,
         };
-        if let Some(lease) = slot.pick(way, self.options.most_calls) {
+        let (most_calls, most_connections) = match target {
+            Target::Host(_) => (self.options.most_calls, self.options.most_connections),
+            // The calls of many hosts share them.
+            Target::Replica { .. } => (MOST_REPLICA_CALLS, MOST_REPLICA_CONNECTIONS),
+        };
+        if let Some(lease) = slot.pick(way, most_calls) {
             return Ok(lease);
         }
         let _opening = slot.opening.lock().await;
         // Another call may have opened one meanwhile.
-        if let Some(lease) = slot.pick(way, self.options.most_calls) {
+        if let Some(lease) = slot.pick(way, most_calls) {
             return Ok(lease);
         }
         let open = |one: &&Arc<Connection>| one.way == way;
-        if slot.connections.lock().iter().filter(open).count() >= self.options.most_connections {
+        if slot.connections.lock().iter().filter(open).count() >= most_connections {
             return Err(Error::new(
                 ErrorCode::TooManyRequests,
-                format!("too many calls to the host {} at once", onward.host_name),
+                format!("too many calls to the host {host_name} at once"),
             )
-            .because(format!(
-                "{} run",
-                self.options.most_calls * self.options.most_connections
-            ))
+            .because(format!("{} run", most_calls * most_connections))
             .hint("try again in a moment")
             .retry_after(Duration::from_secs(1)));
         }
-        let opened = tokio::time::timeout(self.options.opening, self.open(onward));
+        let opened = tokio::time::timeout(self.options.opening, self.open(target, host_name));
         let sender = opened.await.map_err(|_| {
             Error::new(
                 ErrorCode::HostOffline,
-                format!("the host {} does not answer", onward.host_name),
+                format!("the host {host_name} does not answer"),
             )
             .because("its link takes no new streams")
             .retry_after(Duration::from_secs(5))
@@ -237,14 +257,19 @@ impl Pool {
         Ok(Lease(connection))
     }
 
-    async fn open(&self, onward: &Onward<'_>) -> Result<SendRequest<Body>> {
-        let stream: Box<dyn ByteStream> = match &onward.target {
+    async fn open(&self, target: &Target, host_name: &str) -> Result<SendRequest<Body>> {
+        // A link tells by itself when it is dead; a replica whose machine is gone says nothing.
+        let keep_alive = match target {
+            Target::Host(_) => None,
+            Target::Replica { .. } => Some(REPLICA_KEEP_ALIVE),
+        };
+        let stream: Box<dyn ByteStream> = match target {
             Target::Host(host) => self.hosts.open(*host).await?,
             Target::Replica { name, address } => {
                 let replicas = self.replicas.as_ref().ok_or_else(|| {
                     Error::new(
                         ErrorCode::HostOffline,
-                        format!("the host {} is linked to another replica", onward.host_name),
+                        format!("the host {host_name} is linked to another replica"),
                     )
                     .because(format!("this one has no way to {name}"))
                 })?;
@@ -262,9 +287,11 @@ impl Pool {
             .initial_connection_window_size(self.options.connection_window)
             // What is written to a slow host waits here, beside the window that the host gives.
             .max_send_buf_size(64 * 1024)
+            .keep_alive_interval(keep_alive)
+            .keep_alive_timeout(REPLICA_KEEP_ALIVE)
             .handshake(TokioIo::new(stream))
             .await
-            .map_err(|error| broken_off(onward.host_name, true, causes(&error)))?;
+            .map_err(|error| broken_off(host_name, true, causes(&error)))?;
         tokio::spawn(async move {
             if let Err(error) = connection.await {
                 tracing::debug!(error = causes(&error), "a connection to a host ended");

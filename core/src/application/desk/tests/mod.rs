@@ -1,4 +1,5 @@
 mod crashes;
+mod leases;
 mod queues;
 mod support;
 

@@ -103,6 +103,7 @@ pub(super) async fn begin(
     tokio::spawn(async move {
         let mut until = asked + time;
         loop {
+            let former = lease.id();
             keep(&lease, &members, time, until, &stop).await;
             if stop.is_cancelled() {
                 return;
@@ -111,6 +112,12 @@ pub(super) async fn begin(
                 let asked = Instant::now();
                 match grant(&members, time).await {
                     Ok(id) => {
+                        // A cluster that was away gives all leases their full time anew: what is
+                        // bound to this one would tell for as long that we have what we gave up.
+                        if let Some(former) = former {
+                            let ask = LeaseRevokeRequest { id: former };
+                            let _ = members.call::<_, Empty>(REVOKE, ask, Again::Always).await;
+                        }
                         lease.id.store(id, Ordering::SeqCst);
                         break asked + time;
                     }

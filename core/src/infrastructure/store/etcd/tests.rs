@@ -387,6 +387,86 @@ async fn without_etcd_every_call_ends_in_time_and_says_so() {
     );
 }
 
+/// A cluster that comes back gives all leases their time anew, this replica's former one too.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_leased_before_etcd_was_away_for_too_long_is_given_up() {
+    let Some(mut cluster) = Cluster::start(1).await else {
+        return;
+    };
+    let mut options = cluster.options();
+    options.deadline = Duration::from_secs(1);
+    // So long that nothing is gone by itself while this test looks.
+    options.lease = Duration::from_secs(60);
+    let other = EtcdStore::open(options.clone()).await.unwrap();
+    options.lease = Duration::from_secs(2);
+    let store = EtcdStore::open(options).await.unwrap();
+    let (key, writes) = owner(1, "one");
+    store.commit(vec![], writes.clone()).await.unwrap();
+    let (others, theirs) = owner(2, "two");
+    other.commit(vec![], theirs).await.unwrap();
+    let before = store.lease.id();
+    cluster.kill(0);
+    tokio::time::timeout(Duration::from_secs(30), store.lease_lost())
+        .await
+        .unwrap();
+    assert_eq!(store.lease.id(), None);
+    let refused = store.commit(vec![], writes.clone()).await.unwrap_err();
+    assert_eq!(refused.code(), ErrorCode::StoreUnavailable);
+    cluster.start_again(0);
+    let began = Instant::now();
+    while store.lease.id().is_none() {
+        assert!(began.elapsed() < Duration::from_secs(60));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_ne!(store.lease.id(), before);
+    let left = keys(&store).await;
+    assert!(!left.contains(&key) && left.contains(&others), "{left:?}");
+    store.commit(vec![], writes).await.unwrap();
+    assert!(keys(&store).await.contains(&key));
+}
+
+#[tokio::test]
+async fn the_example_for_etcd_starts_a_member() {
+    if !Path::new(PROGRAM).exists() {
+        println!("skipped: needs {PROGRAM} (apt-get install etcd-server)");
+        return;
+    }
+    let example = include_str!("../../../../../configs/etcd.yaml");
+    let root = tempfile::tempdir().unwrap();
+    let folder = root.path().join("data");
+    for attempt in 0.. {
+        let (client, peer) = (free_port(), free_port());
+        let text = example
+            .replace("/var/lib/ghost-etcd", folder.to_str().unwrap())
+            .replace(":2379", &format!(":{client}"))
+            .replace(":2380", &format!(":{peer}"));
+        let file = root.path().join(format!("etcd-{attempt}.yaml"));
+        std::fs::write(&file, text).unwrap();
+        let arguments = ["--config-file".to_owned(), file.display().to_string()];
+        let mut member = Member {
+            process: spawn(&arguments),
+            arguments: arguments.to_vec(),
+            client: format!("http://127.0.0.1:{client}"),
+        };
+        let mut options = EtcdOptions::new(vec![member.client.clone()], "/ghost/");
+        options.deadline = Duration::from_secs(2);
+        let began = Instant::now();
+        while member.process.try_wait().unwrap().is_none() {
+            if let Ok(store) = EtcdStore::open(options.clone()).await {
+                store.commit(vec![], put("acme")).await.unwrap();
+                return;
+            }
+            assert!(
+                began.elapsed() < Duration::from_secs(60),
+                "it does not answer"
+            );
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        // Another program may have taken a port.
+        assert!(attempt < 3, "etcd does not take the example");
+    }
+}
+
 #[tokio::test]
 async fn a_replica_that_is_gone_is_seen_by_another_within_its_lease() {
     let Some(cluster) = Cluster::start(1).await else {

@@ -24,7 +24,7 @@ use crate::application::accounts::{
 use crate::application::audit::{FleetAudit, FleetAuditQuery};
 use crate::application::desk::{CommandRequest, Desk};
 use crate::application::fleet::{Fleet, HostChanges, HostView};
-use crate::application::health::problems;
+use crate::application::health::problems_with;
 use crate::application::hosts::{
     GetHost, ListHosts, ListHostsQuery, RemoveHost, UpdateHost, UpdateHostCommand,
 };
@@ -33,6 +33,7 @@ use crate::application::vms::{ListVms, ListVmsQuery};
 use crate::domain::ports::FleetAuthority;
 use crate::domain::{Caller, QueuedCommand as CommandRecord};
 use crate::presentation::convert;
+use crate::presentation::route::Router;
 
 /// Entries of the audit log where nobody says how many.
 const USUAL_ENTRIES: usize = 1000;
@@ -53,6 +54,7 @@ pub(super) struct Fleets {
     pub(super) users: Arc<Users>,
     pub(super) keys: Arc<Keys>,
     pub(super) audit: Arc<dyn FleetAudit>,
+    pub(super) router: Arc<Router>,
     pub(super) authority: Arc<dyn FleetAuthority>,
     pub(super) version: String,
     pub(super) replica: String,
@@ -94,7 +96,7 @@ impl Fleets {
             queued += view.open_commands;
         }
         let store = self.fleet.store().health().await;
-        let warnings = problems(&self.fleet).await;
+        let warnings = problems_with(&self.fleet, store.clone());
         self.fleet.read(|state| CoreStatus {
             core_id: state.core_id().to_owned(),
             replica: self.replica.clone(),
@@ -172,6 +174,68 @@ impl Fleets {
                 .unwrap_or_default()
         });
         convert::command(command, host)
+    }
+
+    /// The newest lines of the logs of all replicas that run, oldest first. Each replica has a log of
+    /// its own, of what it was asked; a log that cannot be read has a line that says so.
+    async fn audit_of_all(&self, query: FleetAuditQuery) -> Result<Vec<FleetAuditEntry>> {
+        let limit = query.limit;
+        let others: Vec<_> = self.fleet.read(|state| {
+            let all = state.replicas();
+            all.filter(|one| one.name != self.replica)
+                .cloned()
+                .collect()
+        });
+        let asked = ListOwnAuditRequest {
+            tenant: query
+                .tenant
+                .as_ref()
+                .map(ToString::to_string)
+                .unwrap_or_default(),
+            host_id: query.host.map(|host| host.to_string()).unwrap_or_default(),
+            user: query.user.clone().unwrap_or_default(),
+            since: query.since.map(ghost_presentation::convert::timestamp),
+            limit: u32::try_from(limit).unwrap_or(u32::MAX),
+        };
+        let told = futures::future::join_all(others.iter().map(|replica| {
+            let asked = asked.clone();
+            async move {
+                match self.router.audit_of(replica, asked).await {
+                    Ok(lines) => lines,
+                    Err(error) => vec![self.unread(replica.name.clone(), &error)],
+                }
+            }
+        }));
+        let (own, told) = tokio::join!(self.audit.list(query), told);
+        let mut all: Vec<FleetAuditEntry> = own?
+            .into_iter()
+            .map(|entry| convert::audit(entry, &self.replica))
+            .chain(told.into_iter().flatten())
+            .collect();
+        let at = |entry: &FleetAuditEntry| {
+            entry
+                .at
+                .as_ref()
+                .map(|at| (at.seconds, at.nanos))
+                .unwrap_or_default()
+        };
+        // Those of one replica stay in the order of its log, whatever its clock did.
+        all.sort_by_key(at);
+        all.drain(..all.len().saturating_sub(limit));
+        Ok(all)
+    }
+
+    /// The line for a log that cannot be read.
+    fn unread(&self, replica: String, error: &Error) -> FleetAuditEntry {
+        tracing::warn!(replica, %error, "the audit log of another replica cannot be read");
+        FleetAuditEntry {
+            at: Some(ghost_presentation::convert::timestamp(self.now())),
+            action: "ghost.core.v1.FleetService/ListAudit".to_owned(),
+            outcome: error.code().as_str().to_owned(),
+            detail: "the lines of this replica are missing here".to_owned(),
+            replica,
+            ..FleetAuditEntry::default()
+        }
     }
 
     async fn queue(
@@ -689,10 +753,11 @@ impl FleetService for Fleets {
                 since,
                 limit,
             };
-            self.audit.list(query).await
+            self.audit_of_all(query).await
         };
         let entries = listed.await.map_err(|error| to_status(&error))?;
-        let entries = entries.into_iter().map(|entry| Ok(convert::audit(entry)));
-        Ok(Response::new(stream::iter(entries).boxed()))
+        Ok(Response::new(
+            stream::iter(entries.into_iter().map(Ok)).boxed(),
+        ))
     }
 }

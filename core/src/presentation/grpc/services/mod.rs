@@ -119,6 +119,7 @@ pub(super) fn routes(
         users: Arc::clone(&users),
         keys: Arc::clone(&keys),
         audit: Arc::clone(&parts.audit),
+        router: Arc::clone(&parts.router),
         authority: authority(),
         version: options.version.clone(),
         replica: options.replica.clone(),
@@ -147,6 +148,8 @@ pub(super) fn routes(
             .add_service(EnrolmentServiceServer::new(enrolment))
             .add_service(ReplicaServiceServer::new(replica::Replicas {
                 links: Arc::clone(&parts.links),
+                audit: Arc::clone(&parts.audit),
+                replica: options.replica.clone(),
             }))
             .add_service(HealthServer::new(health))
             .add_service(reflection().build_v1().map_err(unusable)?)
