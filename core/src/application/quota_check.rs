@@ -4,6 +4,10 @@
 //! Use is computed from what hosts say they have, plus what is queued for them, plus what was
 //! admitted a moment ago and no host has told of yet. A reservation goes when its call failed, when
 //! its host tells of the VM, or when its time is over.
+//!
+//! Replicas see each other by the records: where a quota applies, [`Admission::hold`] writes the
+//! reservation there too, decided on what is stored, and takes effect only where no other replica
+//! came between. So the quota holds to the last VM, whichever replica is asked.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -12,10 +16,11 @@ use std::time::Duration;
 use ghost_domain::fleet::CommandAction;
 use ghost_domain::{Demand, Error, ErrorCode, HostId, Monotonic, Result, Role, TenantName};
 use parking_lot::{Mutex, MutexGuard};
+use uuid::Uuid;
 
-use super::fleet::{Fleet, HostView};
+use super::fleet::{Fleet, FleetState, HostView};
 use super::placement::{Ask, Candidate, Placed, USUAL_DEMAND, place};
-use crate::domain::{Caller, CallerSource, Quota, Tenant, Usage};
+use crate::domain::{Caller, CallerSource, HeldRoom, Quota, Record, RecordKey, Tenant, Usage};
 
 /// So long a VM that was asked for counts without a word of its host: a create that takes longer has
 /// its record, and the host's next heartbeat, long before.
@@ -96,12 +101,59 @@ pub struct Reserved {
     book: Arc<Mutex<Book>>,
     number: u64,
     kept: bool,
+    /// Where the other replicas see it.
+    held: Option<Held>,
+}
+
+/// A reservation in the records.
+#[derive(Debug)]
+struct Held {
+    fleet: Arc<Fleet>,
+    tenant: TenantName,
+    id: Uuid,
+    named: bool,
+}
+
+impl Held {
+    /// Changes it, or removes it, in a task of its own: whoever waits for an answer needs not wait
+    /// for this. One that cannot be removed goes when its time is over.
+    fn change(self, change: impl Fn(&mut Vec<HeldRoom>, Uuid) + Send + Sync + 'static) {
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else {
+            return;
+        };
+        runtime.spawn(async move {
+            let (tenant, id) = (&self.tenant, self.id);
+            let changed = self.fleet.transact(|state| {
+                let mut draft = state.draft();
+                let mut held = state.room(tenant).to_vec();
+                let before = held.clone();
+                change(&mut held, id);
+                if held != before {
+                    draft.put(RecordKey::Room(tenant.clone()), Record::Room(held));
+                }
+                Ok(draft.done(()))
+            });
+            if let Err(error) = changed.await {
+                tracing::warn!(%tenant, %error, "room that is held stays held until its time is over");
+            }
+        });
+    }
 }
 
 impl Reserved {
     /// The host took the request: the room stays held until it tells of the VM.
     pub fn keep(mut self, vm: Option<String>) {
         self.kept = true;
+        if let (Some(held), Some(vm)) = (self.held.take(), &vm)
+            && !held.named
+        {
+            let vm = vm.clone();
+            held.change(move |all, id| {
+                for one in all.iter_mut().filter(|one| one.id == id) {
+                    one.vm = Some(vm.clone());
+                }
+            });
+        }
         if let Some(one) = self.book.lock().reservations.get_mut(&self.number) {
             one.vm = vm;
         }
@@ -112,6 +164,9 @@ impl Drop for Reserved {
     fn drop(&mut self) {
         if !self.kept {
             self.book.lock().reservations.remove(&self.number);
+            if let Some(held) = self.held.take() {
+                held.change(|all, id| all.retain(|one| one.id != id));
+            }
         }
     }
 }
@@ -246,8 +301,7 @@ fn sum(a: Usage, b: Usage) -> Usage {
 }
 
 impl Admission {
-    /// For one replica. Replicas see each other's VMs once their hosts tell of them; two that admit
-    /// in the same seconds may together go over a quota by what both admitted.
+    /// For one replica.
     pub fn new(fleet: Arc<Fleet>) -> Self {
         Self {
             fleet,
@@ -421,6 +475,81 @@ impl Admission {
         )
     }
 
+    /// Holds a reservation before all replicas, where there are several and a quota applies. To be
+    /// called with each, before what it is for is begun. Costs nothing elsewhere.
+    ///
+    /// # Errors
+    /// `QuotaExceeded`, `StoreUnavailable`.
+    pub async fn hold(
+        &self,
+        caller: &Caller,
+        reserved: Option<Reserved>,
+    ) -> Result<Option<Reserved>> {
+        let Some(mut reserved) = reserved else {
+            return Ok(None);
+        };
+        if !self.fleet.store().is_shared() {
+            return Ok(Some(reserved));
+        }
+        let one = self.book.lock().reservations.get(&reserved.number).cloned();
+        let Some(one) = one else {
+            return Ok(Some(reserved));
+        };
+        let (id, now) = (Uuid::new_v4(), self.fleet.clock().now());
+        let held = HeldRoom {
+            id,
+            host: one.host,
+            owner: one.owner,
+            name: one.name,
+            vm: None,
+            vms: one.vms,
+            demand: one.demand,
+            until: now.after(RESERVED_FOR),
+        };
+        let tenant = one.tenant;
+        let written = self
+            .fleet
+            .transact(|state| {
+                let mut draft = state.draft();
+                let Some(record) = state.tenant(&tenant) else {
+                    return Ok(draft.done(false));
+                };
+                let user_quota = caller.tenant.as_ref().map_or_else(Quota::default, |_| {
+                    let user = caller.user.and_then(|user| state.user(user));
+                    user.and_then(|user| user.quota)
+                        .unwrap_or(record.user_quota)
+                });
+                if record.quota == Quota::default() && user_quota == Quota::default() {
+                    return Ok(draft.done(false));
+                }
+                let mut open: Vec<HeldRoom> = state
+                    .room(&tenant)
+                    .iter()
+                    .filter(|one| one.until > now && !is_told(state, one))
+                    .cloned()
+                    .collect();
+                open.push(held.clone());
+                let whole = stored(state, &tenant, &open, None);
+                within(&record.quota, &whole, tenant.as_str())?;
+                let own = stored(state, &tenant, &open, Some(&held.owner));
+                within(&user_quota, &own, &held.owner)?;
+                // A quota that is made smaller in this moment counts.
+                draft.unchanged(&RecordKey::Tenant(tenant.clone()));
+                draft.put(RecordKey::Room(tenant.clone()), Record::Room(open));
+                Ok(draft.done(true))
+            })
+            .await?;
+        if written {
+            reserved.held = Some(Held {
+                fleet: Arc::clone(&self.fleet),
+                tenant,
+                id,
+                named: !held.name.is_empty(),
+            });
+        }
+        Ok(Some(reserved))
+    }
+
     /// The request did not reach its host, and may go to another one when it is repeated.
     pub fn forget(&self, caller: &Caller, request_id: &str) {
         let key = (caller.full_name(), request_id.to_owned());
@@ -463,6 +592,7 @@ impl Admission {
             book: Arc::clone(&self.book),
             number,
             kept: false,
+            held: None,
         }
     }
 }
@@ -495,6 +625,64 @@ fn candidate(view: &HostView, snapshot: &Snapshot, book: &Book) -> Candidate {
     }
 }
 
+/// Whether what its host said of itself, as it is stored, has the VM that room is held for.
+fn is_told(state: &FleetState, held: &HeldRoom) -> bool {
+    state.inventory(held.host).is_some_and(|inventory| {
+        held.vms > 0
+            && inventory.vms.values().any(|vm| match &held.vm {
+                Some(id) => vm.id.to_string() == *id,
+                None => !held.name.is_empty() && vm.name == held.name,
+            })
+    })
+}
+
+/// What is used of a quota by the records alone, which all replicas see in the same order.
+fn stored(
+    state: &FleetState,
+    tenant: &TenantName,
+    held: &[HeldRoom],
+    owner: Option<&str>,
+) -> Usage {
+    let counts = |made_by: &str| owner.is_none_or(|owner| owner == made_by);
+    let mut usage = Usage::default();
+    for host in state.hosts().filter(|host| host.tenant == *tenant) {
+        let vms = state.inventory(host.id).into_iter();
+        for vm in vms.flat_map(|inventory| inventory.vms.values()) {
+            if vm.owner.as_deref().is_some_and(counts) {
+                usage = usage.with(vm.demand);
+            }
+        }
+        for command in state.open_commands(host.id) {
+            if let CommandAction::CreateVm(create) = &command.action
+                && counts(&command.issuer.name)
+            {
+                usage = usage.with(with_usual(Demand {
+                    cpus: create.vcpus.unwrap_or_default(),
+                    memory: create.memory.unwrap_or_default(),
+                    disk: create.disk.unwrap_or_default(),
+                }));
+            }
+        }
+    }
+    for one in held.iter().filter(|one| counts(&one.owner)) {
+        usage.vms = usage.vms.saturating_add(one.vms);
+        usage.demand = usage.demand.plus(one.demand);
+    }
+    usage
+}
+
+fn within(quota: &Quota, usage: &Usage, whose: &str) -> Result<()> {
+    match quota.exceeded_by(usage) {
+        None => Ok(()),
+        Some(what) => Err(Error::new(
+            ErrorCode::QuotaExceeded,
+            format!("the quota of {whose} would be exceeded"),
+        )
+        .because(what)
+        .hint("delete a VM that is not needed, or ask an administrator of the fleet for more")),
+    }
+}
+
 /// Whether the tenant and the user may have that much more.
 fn check(
     snapshot: &Snapshot,
@@ -506,16 +694,7 @@ fn check(
     let Some(record) = &snapshot.tenant else {
         return Ok(());
     };
-    let exceeded =
-        |quota: &Quota, used: Usage, whose: &str| match quota.exceeded_by(&sum(used, more)) {
-            None => Ok(()),
-            Some(what) => Err(Error::new(
-                ErrorCode::QuotaExceeded,
-                format!("the quota of {whose} would be exceeded"),
-            )
-            .because(what)
-            .hint("delete a VM that is not needed, or ask an administrator of the fleet for more")),
-        };
+    let exceeded = |quota: &Quota, used: Usage, whose: &str| within(quota, &sum(used, more), whose);
     if record.quota != Quota::default() {
         let held = book.held(|one| one.tenant == *tenant);
         exceeded(
@@ -545,10 +724,8 @@ mod tests {
     use ghost_infrastructure::clock::SystemClock;
 
     use super::*;
-    use crate::domain::{
-        HostHealth, HostLife, HostRecord, Inventory, Labels, Ownership, Record, RecordKey,
-    };
-    use crate::infrastructure::store::MemoryStore;
+    use crate::domain::{HostHealth, HostLife, HostRecord, Inventory, Labels, Ownership};
+    use crate::infrastructure::store::{MemoryStore, SharedMemory};
 
     fn tenant() -> TenantName {
         TenantName::new("acme").unwrap()
@@ -617,7 +794,16 @@ mod tests {
 
     /// A fleet with the tenant acme and hosts that are online, with their ids.
     async fn fleet(quota: Quota, user_quota: Quota, hosts: &[&str]) -> (Arc<Fleet>, Vec<HostId>) {
-        let fleet = Fleet::start(MemoryStore::new(), Arc::new(SystemClock::new()))
+        fleet_on(MemoryStore::new(), quota, user_quota, hosts).await
+    }
+
+    async fn fleet_on(
+        store: Arc<MemoryStore>,
+        quota: Quota,
+        user_quota: Quota,
+        hosts: &[&str],
+    ) -> (Arc<Fleet>, Vec<HostId>) {
+        let fleet = Fleet::start(store, Arc::new(SystemClock::new()))
             .await
             .unwrap();
         let now = fleet.clock().now();
@@ -726,6 +912,87 @@ mod tests {
             .filter_map(|one| one.join().unwrap())
             .collect();
         assert_eq!(admitted.len(), 3);
+    }
+
+    /// Two replicas on the same records, each with an admission of its own.
+    #[tokio::test]
+    async fn two_replicas_at_once_never_admit_more_than_the_quota() {
+        let shared = Arc::new(SharedMemory::default());
+        let one = MemoryStore::shared(&shared);
+        let (fleet, hosts) = fleet_on(one, three(), Quota::default(), &["a", "b"]).await;
+        let other = Fleet::start(MemoryStore::shared(&shared), Arc::new(SystemClock::new()));
+        let other = other.await.unwrap();
+        let admissions = [Admission::new(Arc::clone(&fleet)), Admission::new(other)];
+        let alice = caller("alice");
+        let attempts = (0..24).map(|number| {
+            let (admission, alice) = (&admissions[number % 2], &alice);
+            async move {
+                let wanted = Wanted {
+                    name: format!("web-{number}"),
+                    ..wanted(None)
+                };
+                let admitted = admission.anywhere(alice, &wanted)?;
+                admission.hold(alice, admitted.reserved).await
+            }
+        });
+        let (mut held, mut refused) = (Vec::new(), 0);
+        for outcome in futures::future::join_all(attempts).await {
+            match outcome {
+                Ok(reserved) => held.push(reserved.unwrap()),
+                Err(error) => {
+                    assert_eq!(error.code(), ErrorCode::QuotaExceeded);
+                    refused += 1;
+                }
+            }
+        }
+        assert_eq!((held.len(), refused), (3, 21));
+
+        // What one replica gives back the other one may have.
+        drop(held.pop());
+        let again = async || {
+            for admission in &admissions {
+                if let Ok(admitted) = admission.anywhere(&alice, &wanted(None))
+                    && let Ok(reserved) = admission.hold(&alice, admitted.reserved).await
+                {
+                    return reserved;
+                }
+            }
+            None
+        };
+        let got = loop {
+            if let Some(reserved) = again().await {
+                break reserved;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        };
+        // What a host tells of is counted once, and its reservation goes with the next one.
+        got.keep(None);
+        let name = fleet.read(|state| state.room(&tenant())[2].clone());
+        let mut told = inventory(vec![VmSummary {
+            name: name.name.clone(),
+            ..vm(VmId::random(), "acme/alice")
+        }]);
+        told.at = fleet.clock().now();
+        fleet
+            .transact(|state| {
+                let mut draft = state.draft();
+                let record = Record::Inventory(Box::new(told.clone()));
+                draft.put(RecordKey::Inventory(name.host), record);
+                Ok(draft.done(()))
+            })
+            .await
+            .unwrap();
+        let usage = fleet.read(|state| {
+            let open: Vec<HeldRoom> = state
+                .room(&tenant())
+                .iter()
+                .filter(|one| !is_told(state, one))
+                .cloned()
+                .collect();
+            stored(state, &tenant(), &open, None)
+        });
+        assert_eq!(usage.vms, 3);
+        assert!(hosts.contains(&name.host));
     }
 
     #[tokio::test]

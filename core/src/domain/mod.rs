@@ -27,6 +27,6 @@ pub use host::{
 pub use identity::{FleetKey, JoinToken, MachineHash, TokenKind, User, UserSource};
 pub use inventory::{HostHealth, Inventory};
 pub use peer::PeerIdentity;
-pub use quota::{Quota, Usage};
+pub use quota::{HeldRoom, Quota, Usage};
 pub use record::{Record, RecordKey, Replica, Stored};
 pub use tenant::Tenant;

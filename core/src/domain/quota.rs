@@ -1,6 +1,7 @@
 //! Quotas: computed from records on each admission, never counted up and down.
 
-use ghost_domain::{ByteSize, Demand};
+use ghost_domain::{ByteSize, Demand, HostId, Timestamp};
+use uuid::Uuid;
 
 /// The most that a tenant or a user may have; `None`: no limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -60,6 +61,28 @@ impl Quota {
         }
         None
     }
+}
+
+/// Room that a replica holds in the records for a VM that is being made, so that the other replicas
+/// count it before its host tells of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeldRoom {
+    /// Which one.
+    pub id: Uuid,
+    /// Where the VM goes.
+    pub host: HostId,
+    /// Who made it, `<tenant>/<name>`.
+    pub owner: String,
+    /// Its name; empty where the host makes one up.
+    pub name: String,
+    /// Its id, where there is no name to know it by.
+    pub vm: Option<String>,
+    /// How many VMs it is: none where one that there is grows.
+    pub vms: u32,
+    /// How much.
+    pub demand: Demand,
+    /// Until when it counts without a word of its host.
+    pub until: Timestamp,
 }
 
 #[cfg(test)]

@@ -2,7 +2,9 @@
 
 use ghost_domain::{CommandId, CredentialId, HostId, TenantName, Timestamp};
 
-use super::{FleetKey, HostRecord, Inventory, JoinToken, Ownership, QueuedCommand, Tenant, User};
+use super::{
+    FleetKey, HeldRoom, HostRecord, Inventory, JoinToken, Ownership, QueuedCommand, Tenant, User,
+};
 
 /// Where a record lies.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -19,6 +21,8 @@ pub enum RecordKey {
     Command(HostId, CommandId),
     /// A tenant.
     Tenant(TenantName),
+    /// Room that is held for VMs of a tenant that are being made.
+    Room(TenantName),
     /// A user.
     User(CredentialId),
     /// A key.
@@ -50,6 +54,8 @@ pub enum Record {
     Command(Box<QueuedCommand>),
     /// See [`RecordKey::Tenant`].
     Tenant(Tenant),
+    /// See [`RecordKey::Room`].
+    Room(Vec<HeldRoom>),
     /// See [`RecordKey::User`].
     User(User),
     /// See [`RecordKey::Key`].

@@ -113,7 +113,7 @@ fn a_replica_killed_in_mid_stream_costs_one_reconnect_and_nothing_acknowledged()
     wrong.ok(&[
         "launch", "tiny", &web, "--cpus", "1", "--memory", "512MiB", "--disk", "1GiB",
     ]);
-    wrong.ok(&["vm", "wait", &web, "--for", "agent", "--timeout", "120s"]);
+    wrong.ok(&["vm", "wait", &web, "--for", "agent", "--timeout", "280s"]);
     assert_eq!(wrong.ok(&["exec", &web, "--", "echo", "here"]), "here\n");
     let (there, back) = (agent.folder().join("there"), agent.folder().join("back"));
     let content: Vec<u8> = (0..3_000_017_u32)

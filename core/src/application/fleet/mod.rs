@@ -418,10 +418,13 @@ impl Fleet {
         let here = live.filter(|live| live.is_linked());
         LinkTruth {
             linked: owned || here.is_some(),
-            // Of a link at another replica only its owner knows more; it gives a silent one up.
-            silent_for: here
-                .and_then(|live| live.silent_for(self.clock.monotonic()))
-                .unwrap_or_default(),
+            // Of a link at another replica only its owner knows more; it gives a silent one up. What
+            // is told of that is as old as memory is.
+            silent_for: match here {
+                Some(live) => live.silent_for(self.clock.monotonic()),
+                None => self.behind_for(),
+            }
+            .unwrap_or_default(),
             ping_interval: intervals.ping,
             heartbeat_interval: intervals.heartbeat,
         }

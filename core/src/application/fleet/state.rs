@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use crate::domain::ports::{Condition, RecordChange, Write};
 use crate::domain::{
-    Caller, FleetKey, HostRecord, Inventory, JoinToken, Ownership, QueuedCommand, Record,
+    Caller, FleetKey, HeldRoom, HostRecord, Inventory, JoinToken, Ownership, QueuedCommand, Record,
     RecordKey, Replica, Stored, Tenant, User,
 };
 
@@ -57,6 +57,7 @@ pub struct FleetState {
     queues: BTreeMap<(HostId, u64), CommandId>,
     requests: HashMap<(HostId, RequestId), CommandId>,
     tenants: BTreeMap<TenantName, Versioned<Tenant>>,
+    rooms: BTreeMap<TenantName, Versioned<Vec<HeldRoom>>>,
     users: BTreeMap<CredentialId, Versioned<Arc<User>>>,
     keys: BTreeMap<CredentialId, Versioned<Arc<FleetKey>>>,
     tokens: BTreeMap<CredentialId, Versioned<Arc<JoinToken>>>,
@@ -280,6 +281,12 @@ impl FleetState {
         })
     }
 
+    /// The room that replicas hold for VMs of a tenant that are being made, that which is over
+    /// included.
+    pub fn room(&self, tenant: &TenantName) -> &[HeldRoom] {
+        self.rooms.get(tenant).map_or(&[], |one| &one.value)
+    }
+
     /// All users, by id.
     pub fn users(&self) -> impl ExactSizeIterator<Item = &Arc<User>> {
         self.users.values().map(|one| &one.value)
@@ -345,6 +352,7 @@ impl FleetState {
                 .filter(|one| one.value.host == *host)
                 .map(|one| one.version),
             K::Tenant(name) => self.tenants.get(name).map(|one| one.version),
+            K::Room(name) => self.rooms.get(name).map(|one| one.version),
             K::User(id) => self.users.get(id).map(|one| one.version),
             K::Key(id) => self.keys.get(id).map(|one| one.version),
             K::Token(id) => self.tokens.get(id).map(|one| one.version),
@@ -398,6 +406,10 @@ impl FleetState {
             .tenants
             .iter()
             .map(|(name, one)| (K::Tenant(name.clone()), one.version));
+        let rooms = self
+            .rooms
+            .iter()
+            .map(|(name, one)| (K::Room(name.clone()), one.version));
         let users = self
             .users
             .iter()
@@ -420,6 +432,7 @@ impl FleetState {
             .chain(owners)
             .chain(commands)
             .chain(tenants)
+            .chain(rooms)
             .chain(users)
             .chain(keys)
             .chain(tokens)
@@ -488,6 +501,13 @@ impl FleetState {
                     _ => None,
                 };
                 put_or_remove(&mut self.tenants, name, record, version);
+            }
+            (RecordKey::Room(name), record) => {
+                let record = match record {
+                    Some(Record::Room(held)) => Some(held),
+                    _ => None,
+                };
+                put_or_remove(&mut self.rooms, name, record, version);
             }
             (RecordKey::User(id), record) => {
                 let record = match record {

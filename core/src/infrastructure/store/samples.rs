@@ -15,8 +15,8 @@ use ghost_domain::{
 use uuid::Uuid;
 
 use crate::domain::{
-    FleetKey, HostHealth, HostLife, HostRecord, Inventory, JoinToken, Ownership, QueuedCommand,
-    Quota, Record, RecordKey, Replica, Tenant, TokenKind, User, UserSource,
+    FleetKey, HeldRoom, HostHealth, HostLife, HostRecord, Inventory, JoinToken, Ownership,
+    QueuedCommand, Quota, Record, RecordKey, Replica, Tenant, TokenKind, User, UserSource,
 };
 
 fn at(millis: i64) -> Timestamp {
@@ -297,6 +297,19 @@ pub(super) fn all() -> Vec<(RecordKey, Record)> {
         address: "core:7443".into(),
         since: at(23),
     };
+    all.push((
+        RecordKey::Room(acme()),
+        Record::Room(vec![HeldRoom {
+            id: Uuid::from_u128(8),
+            host: HostId::from_uuid(Uuid::from_u128(1)),
+            owner: "acme/alice".into(),
+            name: "web".into(),
+            vm: Some("x".into()),
+            vms: 1,
+            demand: demand(2),
+            until: at(9),
+        }]),
+    ));
     all.push((
         RecordKey::Replica("core-1".into()),
         Record::Replica(replica),

@@ -116,10 +116,10 @@ impl Routed {
                     None
                 } else {
                     let demand = demand_of(&message.1);
-                    Some(
+                    let reserved =
                         self.admission
-                            .on_host(caller, host.id, &message.1.name, demand)?,
-                    )
+                            .on_host(caller, host.id, &message.1.name, demand)?;
+                    self.admission.hold(caller, Some(reserved)).await?
                 };
                 let request = Request::from_parts(parts, whole(message.0));
                 let answer = self
@@ -132,6 +132,7 @@ impl Routed {
                 note.subject(&message.1.vm);
                 let more = self.growth(&host, &message.1);
                 let reserved = self.admission.growth(caller, host.id, more)?;
+                let reserved = self.admission.hold(caller, reserved).await?;
                 let request = Request::from_parts(parts, whole(message.0));
                 let answer = self
                     .forward(caller, &host, method, request, request_id, false)
@@ -185,6 +186,15 @@ impl Routed {
         } = self.admission.anywhere(caller, &wanted)?;
         let host = self.fleet.read(|state| state.require_host(host).cloned())?;
         note.host(host.id, &host.tenant);
+        let reserved = match self.admission.hold(caller, reserved).await {
+            Ok(reserved) => reserved,
+            Err(error) => {
+                if let Some(id) = &wanted.request_id {
+                    self.admission.forget(caller, id);
+                }
+                return Err(error);
+            }
+        };
         note.detail(&format!("placed on {}: {}", host.name, placed.reason));
         let request = Request::from_parts(parts, whole(bytes));
         let sent = self

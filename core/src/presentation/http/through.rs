@@ -259,6 +259,16 @@ pub(super) async fn create_vm(
         return Err(Failure(Error::internal("the VM was placed nowhere")));
     };
     let caller = entered.admitted.caller.clone();
+    let admission = &shell.front.parts.admission;
+    let reserved = match admission.hold(&caller, placed.reserved).await {
+        Ok(reserved) => reserved,
+        Err(error) => {
+            if let Some(key) = &key {
+                admission.forget(&caller, key);
+            }
+            return Err(shell.refuse(entered, error).await);
+        }
+    };
     let shown = match &caller.tenant {
         Some(_) => entered.host.name.to_string(),
         None => format!("{}/{}", entered.host.tenant, entered.host.name),
@@ -276,7 +286,7 @@ pub(super) async fn create_vm(
         Ok(response) => !response.status().is_success(),
         Err(Failure(error)) => error.code() == ErrorCode::HostOffline,
     };
-    match (refused, placed.reserved) {
+    match (refused, reserved) {
         (true, _) => {
             if let Some(key) = &key {
                 shell.front.parts.admission.forget(&caller, key);
@@ -366,9 +376,8 @@ impl Shell {
                 if body.0.get("dry_run") == Some(&serde_json::Value::Bool(true)) {
                     return Ok(None);
                 }
-                admission
-                    .on_host(caller, host.id, body.name(), body.demand())
-                    .map(Some)
+                let reserved = admission.on_host(caller, host.id, body.name(), body.demand())?;
+                admission.hold(caller, Some(reserved)).await
             }
             ("PATCH", "/v1/vms/{vm}") => {
                 let (bytes, body) = read_json(request).await?;
@@ -386,7 +395,8 @@ impl Shell {
                     memory: wanted.memory.saturating_sub(known.demand.memory),
                     disk: ByteSize::default(),
                 });
-                admission.growth(caller, host.id, more)
+                let reserved = admission.growth(caller, host.id, more)?;
+                admission.hold(caller, reserved).await
             }
             _ => Ok(None),
         }

@@ -6,8 +6,8 @@ use ghost_domain::{ByteSize, Error, HostId, TenantName};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{Hash, credential, millis, role, tenant, time, times};
-use crate::domain::{FleetKey, JoinToken, Quota, Tenant, TokenKind, User, UserSource};
+use super::{DemandRow, Hash, credential, millis, role, tenant, time, times};
+use crate::domain::{FleetKey, HeldRoom, JoinToken, Quota, Tenant, TokenKind, User, UserSource};
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -94,6 +94,69 @@ impl TryFrom<TenantRow> for Tenant {
             user_quota: user_quota.into(),
             created_at: time(created_at),
         })
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct HeldRow {
+    id: Uuid,
+    host: Uuid,
+    owner: String,
+    name: String,
+    vm: Option<String>,
+    vms: u32,
+    demand: DemandRow,
+    until: i64,
+}
+
+impl From<&HeldRoom> for HeldRow {
+    fn from(held: &HeldRoom) -> Self {
+        let HeldRoom {
+            id,
+            host,
+            owner,
+            name,
+            vm,
+            vms,
+            demand,
+            until,
+        } = held;
+        Self {
+            id: *id,
+            host: host.uuid(),
+            owner: owner.clone(),
+            name: name.clone(),
+            vm: vm.clone(),
+            vms: *vms,
+            demand: (*demand).into(),
+            until: until.unix_millis(),
+        }
+    }
+}
+
+impl From<HeldRow> for HeldRoom {
+    fn from(row: HeldRow) -> Self {
+        let HeldRow {
+            id,
+            host,
+            owner,
+            name,
+            vm,
+            vms,
+            demand,
+            until,
+        } = row;
+        Self {
+            id,
+            host: HostId::from_uuid(host),
+            owner,
+            name,
+            vm,
+            vms,
+            demand: demand.into(),
+            until: time(until),
+        }
     }
 }
 

@@ -49,6 +49,7 @@ pub(super) fn name(key: &RecordKey) -> String {
         K::Owner(id) => format!("owner/{id}"),
         K::Command(host, id) => format!("command/{host}/{id}"),
         K::Tenant(name) => format!("tenant/{name}"),
+        K::Room(name) => format!("room/{name}"),
         K::User(id) => format!("user/{id}"),
         K::Key(id) => format!("key/{id}"),
         K::Token(id) => format!("token/{id}"),
@@ -73,6 +74,7 @@ pub(super) fn key(name: &str) -> Result<RecordKey> {
         ["owner", id] => K::Owner(id.parse()?),
         ["command", host, id] => K::Command(host.parse()?, id.parse()?),
         ["tenant", name] => K::Tenant(name.parse()?),
+        ["room", name] => K::Room(name.parse()?),
         ["user", id] => K::User(id.parse()?),
         ["key", id] => K::Key(id.parse()?),
         ["token", id] => K::Token(id.parse()?),
@@ -96,6 +98,10 @@ pub(super) fn encode(record: &Record) -> Result<Vec<u8>> {
         Record::Owner(owner) => pack(&host::OwnerRow::from(owner)),
         Record::Command(command) => pack(&command::CommandRow::from(&**command)),
         Record::Tenant(tenant) => pack(&identity::TenantRow::from(tenant)),
+        Record::Room(held) => {
+            let rows: Vec<_> = held.iter().map(identity::HeldRow::from).collect();
+            pack(&rows)
+        }
         Record::User(user) => pack(&identity::UserRow::from(user)),
         Record::Key(key) => pack(&identity::KeyRow::from(key)),
         Record::Token(token) => pack(&identity::TokenRow::from(token)),
@@ -125,6 +131,10 @@ pub(super) fn decode(key: &RecordKey, bytes: &[u8]) -> Result<Record> {
                 Record::Command(Box::new(row.try_into()?))
             }
             K::Tenant(_) => Record::Tenant(unpack::<identity::TenantRow>(bytes)?.try_into()?),
+            K::Room(_) => {
+                let rows: Vec<identity::HeldRow> = unpack(bytes)?;
+                Record::Room(rows.into_iter().map(Into::into).collect())
+            }
             K::User(_) => Record::User(unpack::<identity::UserRow>(bytes)?.try_into()?),
             K::Key(_) => Record::Key(unpack::<identity::KeyRow>(bytes)?.try_into()?),
             K::Token(_) => Record::Token(unpack::<identity::TokenRow>(bytes)?.try_into()?),

@@ -31,6 +31,7 @@ fn the_samples_have_one_of_each_kind() {
         "name",
         "owner",
         "replica",
+        "room",
         "tenant",
         "token",
         "user",

@@ -291,6 +291,7 @@ impl Fleets {
             }
             _ => None,
         };
+        let reserved = self.admission.hold(caller, reserved).await?;
         let queued = self
             .desk
             .commands()
