@@ -423,3 +423,64 @@ fn every_replica_tells_of_what_was_asked_of_each() {
         read("data:");
     }
 }
+
+#[test]
+fn a_quota_holds_to_the_last_vm_whichever_replica_is_asked() {
+    let replicas = Replicas::start();
+    let agent = AgentBuilder::simulated().start();
+    agent.import_tiny();
+    join(&replicas.cores[0], &agent, "pc");
+    let set = ["tenant", "set", "acme", "--vms", "3"];
+    replicas.cores[0].ctl().ok(&set);
+    wait::until("both replicas know the quota", JOIN, || {
+        let told = replicas.cores[1].ctl().json(&["tenant", "list"]);
+        let acme = |one: &&Value| one["name"] == "acme";
+        let quota = told.as_array()?.iter().find(acme)?["quota"].clone();
+        (quota["vms"] == 3).then_some(())
+    });
+    let attempt = &|number: usize| {
+        let ctl = at(&replicas.cores[number % 2], "pc");
+        let name = agent.name(&format!("q{number}"));
+        ctl.run(
+            &[
+                &["vm", "create", &name, "--image", "tiny"],
+                &TINY[..],
+                &["-o", "json"],
+            ]
+            .concat(),
+        )
+    };
+    let done: Vec<_> = std::thread::scope(|scope| {
+        let attempts: Vec<_> = (0..8)
+            .map(|number| scope.spawn(move || attempt(number)))
+            .collect();
+        attempts
+            .into_iter()
+            .map(|attempt| attempt.join().unwrap())
+            .collect()
+    });
+    let made = done.iter().filter(|one| one.code == 0).count();
+    for refused in done.iter().filter(|one| one.code != 0) {
+        assert!(
+            refused.stderr.contains("quota_exceeded"),
+            "{}",
+            refused.stderr
+        );
+    }
+    assert_eq!(made, 3);
+    agent.wait_idle(JOIN);
+    // Room comes back once the host tells that a VM is gone.
+    assert_ne!(attempt(8).code, 0);
+    let some = agent.ctl().ok(&["list", "-q", "-o", "name"]);
+    let some = some.lines().next().unwrap();
+    at(&replicas.cores[1], "pc").ok(&["vm", "delete", some, "--force"]);
+    wait::until_ok("there is room again", JOIN, || {
+        let again = attempt(9);
+        if again.code == 0 {
+            Ok(())
+        } else {
+            Err(again.stderr)
+        }
+    });
+    assert_ne!(attempt(10).code, 0);
+}

@@ -152,6 +152,9 @@ impl Tenants {
                 }
                 let mut draft = state.draft();
                 draft.delete(RecordKey::Tenant(name.clone()));
+                if !state.room(name).is_empty() {
+                    draft.delete(RecordKey::Room(name.clone()));
+                }
                 for key in state.keys().filter(|key| key.tenant.as_ref() == Some(name)) {
                     draft.delete(RecordKey::Key(key.id));
                 }
