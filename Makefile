@@ -13,11 +13,7 @@ GUEST_TARGET := x86_64-unknown-linux-gnu
 GUEST   := $(or $(CARGO_TARGET_DIR),target)/$(GUEST_TARGET)/guest
 
 .DEFAULT_GOAL := help
-<<<<<<< HEAD
-.PHONY: help deps cargo-there build guest hostile guest-packages images demo demo-fleet test lint fuzz proto bench install uninstall clean
-=======
-.PHONY: help deps cargo-there build guest hostile guest-packages images demo demo-fleet demo-replicas test lint proto bench install uninstall clean
->>>>>>> 6869439 (Several replicas shown as a whole: lost leases, HTTP and audit at any replica, e2e over three members of etcd, demo)
+.PHONY: help deps cargo-there build guest hostile guest-packages images demo demo-fleet demo-replicas test lint fuzz proto bench install uninstall clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
