@@ -22,7 +22,7 @@ use ghost_core::presentation::grpc::Front;
 use ghost_core::presentation::metrics::{self, MetricsParts};
 use ghost_core::presentation::{Peer, PeerKind, http as api};
 use ghost_domain::ports::Clock;
-use ghost_domain::{Error, Result};
+use ghost_domain::{Error, ErrorCode, Result};
 use ghost_infrastructure::clock::SystemClock;
 use ghost_infrastructure::host;
 use ghost_infrastructure::notify::{self, Notifier};
@@ -46,6 +46,10 @@ use crate::config::{Config, Loaded};
 const MOST_LOCAL: usize = 256;
 /// How long calls may take to end once Core is told to.
 const GRACE: Duration = Duration::from_secs(5);
+/// Files that Core has open besides connections: its store, its log, its listeners, and some to spare.
+const OTHER_FILES: u64 = 512;
+/// With room for fewer links than this Core does not start.
+const LEAST_LINKS: u64 = 64;
 /// Hosts that may come back in one second after a shutdown.
 const COMING_BACK: u32 = 500;
 
@@ -82,7 +86,10 @@ pub(crate) fn run(loaded: Loaded) -> Result<()> {
     let hint = "make it for the user that this runs as, or set core.data_dir";
     let outcome = process::data_folder(folder, 0o700, hint)
         .and_then(|()| process::lock_folder(&folder.join("lock"), "ghost-core", "core.data_dir"))
-        .and_then(|_lock| runtime.block_on(serve(&config)));
+        .and_then(|_lock| {
+            let links = room_for_links(&config, process::raise_open_files(files(&config)))?;
+            runtime.block_on(serve(&config, links))
+        });
     if let Err(error) = &outcome {
         tracing::error!(code = %error.code(), %error, hint = error.hint_text(), "ghost-core ends");
     }
@@ -110,7 +117,52 @@ fn telemetry_options(config: &Config) -> TelemetryOptions {
     }
 }
 
-async fn serve(config: &Config) -> Result<()> {
+/// How many files Core has open at most, by its configuration.
+fn files(config: &Config) -> u64 {
+    u64::from(config.grpc.max_links) + other_files(config)
+}
+
+/// The same without the links.
+fn other_files(config: &Config) -> u64 {
+    let local = u64::try_from(MOST_LOCAL).unwrap_or(u64::MAX);
+    u64::from(config.grpc.max_connections) + local + OTHER_FILES
+}
+
+/// How many links there is room for where so many files may be open.
+///
+/// # Errors
+/// `IoFailed` where there is room for hardly any.
+fn room_for_links(config: &Config, files: u64) -> Result<u32> {
+    let most = config.grpc.max_links;
+    let room = files.saturating_sub(other_files(config));
+    if room >= u64::from(most) {
+        return Ok(most);
+    }
+    let needed = self::files(config);
+    let hint = format!(
+        "raise the limit to {needed} (LimitNOFILE= in the unit, ulimit -Hn in a shell), or lower grpc.max_links"
+    );
+    if room < LEAST_LINKS.min(u64::from(most)) {
+        return Err(Error::new(
+            ErrorCode::IoFailed,
+            "Core may not open enough files to serve any hosts",
+        )
+        .because(format!(
+            "{files} may be open at once, and {needed} are needed for grpc.max_links = {most}"
+        ))
+        .hint(hint));
+    }
+    tracing::warn!(
+        links = room,
+        wanted = most,
+        files,
+        hint,
+        "fewer links than configured fit into the files that Core may open"
+    );
+    Ok(u32::try_from(room).unwrap_or(most))
+}
+
+async fn serve(config: &Config, most_links: u32) -> Result<()> {
     let started = Instant::now();
     let mut signals = Signals::new()?;
     let bound = bind(config).await?;
@@ -156,6 +208,7 @@ async fn serve(config: &Config) -> Result<()> {
     .await?;
     let serving = Serving {
         config,
+        most_links,
         fleet: &fleet,
         desk: &desk,
         authority: &authority,
@@ -268,6 +321,7 @@ async fn bind(config: &Config) -> Result<Bound> {
 /// What the listeners are served with.
 struct Serving<'a> {
     config: &'a Config,
+    most_links: u32,
     fleet: &'a Arc<Fleet>,
     desk: &'a Arc<Desk>,
     authority: &'a Arc<CoreAuthority>,
@@ -370,7 +424,7 @@ impl Serving<'_> {
             }),
             ListenerLimits {
                 handshakes: count(self.config.link.handshakes),
-                links: count(self.config.grpc.max_links),
+                links: count(self.most_links),
                 connections: count(self.config.grpc.max_connections),
             },
         )
@@ -452,5 +506,41 @@ async fn watchdog(fleet: Arc<Fleet>, stop: CancellationToken) -> Result<()> {
         if fleet.read(|state| !state.core_id().is_empty()) {
             notifier.watchdog();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_are_bounded_by_the_files_that_may_be_open() {
+        let config = Config::default();
+        let needed = files(&config);
+        assert_eq!(
+            room_for_links(&config, needed).unwrap(),
+            config.grpc.max_links
+        );
+        assert_eq!(
+            room_for_links(&config, u64::MAX).unwrap(),
+            config.grpc.max_links
+        );
+        let fewer = room_for_links(&config, needed - 1000).unwrap();
+        assert_eq!(fewer, config.grpc.max_links - 1000);
+        let error = room_for_links(&config, 1024).unwrap_err();
+        assert_eq!(error.code(), ErrorCode::IoFailed);
+        assert!(
+            error.hint_text().unwrap().contains("LimitNOFILE"),
+            "{error}"
+        );
+    }
+
+    /// A small fleet does not need room for a large one.
+    #[test]
+    fn a_small_fleet_runs_with_few_files() {
+        let mut config = Config::default();
+        config.grpc.max_links = 20;
+        config.grpc.max_connections = 20;
+        assert_eq!(room_for_links(&config, 1024).unwrap(), 20);
     }
 }

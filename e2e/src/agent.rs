@@ -524,7 +524,7 @@ pub fn sweep_of(chosen: impl Fn(u32) -> bool) {
         else {
             continue;
         };
-        kill_agents_of(&entry.path());
+        kill_program_of("ghost-agent", &entry.path().join("agent.yaml"));
         drop(libvirt::remove_domains_below(
             libvirt::SYSTEM,
             &entry.path(),
@@ -548,9 +548,10 @@ pub fn sweep_of(chosen: impl Fn(u32) -> bool) {
     }
 }
 
-/// Ends agents whose configuration lies in `folder`: they outlive a test that is killed.
-fn kill_agents_of(folder: &Path) {
-    let config = folder.join("agent.yaml").display().to_string();
+/// Ends the processes of a program of ours with this configuration: they outlive a test that is
+/// killed.
+pub(crate) fn kill_program_of(program: &str, config: &Path) {
+    let config = config.display().to_string();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let Some(pid) = entry
             .file_name()
@@ -561,12 +562,12 @@ fn kill_agents_of(folder: &Path) {
         };
         let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
         let words: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
-        let agent = words
+        let ours = words
             .first()
-            .is_some_and(|program| program.ends_with(b"ghost-agent"));
-        if agent && words.contains(&config.as_bytes()) {
+            .is_some_and(|word| word.ends_with(program.as_bytes()));
+        if ours && words.contains(&config.as_bytes()) {
             // SAFETY: kill takes two numbers and touches no memory of ours. The process was just
-            // seen to be an agent with a configuration file of ours.
+            // seen to be a program of ours with a configuration file of ours.
             unsafe { libc::kill(pid, libc::SIGKILL) };
         }
     }

@@ -11,13 +11,16 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::agent::{free_port, merge, own_environment, set};
+use crate::agent::{self, free_port, merge, own_environment, set};
 use crate::binaries::program;
 use crate::ctl::{self, Ctl};
 use crate::wait;
 
 /// How long Core may take to come up on a busy machine.
 const START: Duration = Duration::from_secs(60);
+
+/// What the names of their folders begin with.
+const PREFIX: &str = "ghost-e2e-core-";
 
 /// How a Core is set up.
 pub struct Builder {
@@ -84,7 +87,7 @@ impl Builder {
     #[expect(clippy::expect_used, reason = "the test cannot go on")]
     pub fn prepare(self) -> Core {
         let folder = tempfile::Builder::new()
-            .prefix(&format!("ghost-e2e-core-{}-", std::process::id()))
+            .prefix(&format!("{PREFIX}{}-", std::process::id()))
             .permissions(fs::Permissions::from_mode(0o700))
             .tempdir()
             .expect("a folder for Core");
@@ -339,5 +342,23 @@ impl Drop for Core {
             eprintln!("---- the end of Core's log ----\n{}\n----", self.log_tail());
         }
         self.kill();
+    }
+}
+
+/// Ends and removes what the processes that `chosen` names left behind.
+pub fn sweep_of(chosen: impl Fn(u32) -> bool) {
+    for entry in fs::read_dir(std::env::temp_dir())
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let pid = name
+            .strip_prefix(PREFIX)
+            .and_then(|rest| rest.split('-').next()?.parse::<u32>().ok());
+        if pid.is_some_and(&chosen) {
+            agent::kill_program_of("ghost-core", &entry.path().join("core.yaml"));
+            drop(fs::remove_dir_all(entry.path()));
+        }
     }
 }

@@ -22,5 +22,6 @@ pub mod proxy;
 pub mod replicas;
 pub mod server;
 pub mod siege;
+pub mod swarm;
 pub mod wait;
 pub mod xml;

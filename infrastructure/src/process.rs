@@ -1,4 +1,5 @@
-//! What a service of ours needs of its process: signals, a data folder of its own, listeners.
+//! What a service of ours needs of its process: signals, a data folder of its own, listeners, and
+//! enough files to be open at once.
 
 use std::fs::File;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -6,6 +7,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use ghost_domain::{Error, ErrorCode, Result};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -46,6 +48,39 @@ impl Signals {
             _ = self.interrupt.recv() => "SIGINT",
         }
     }
+}
+
+/// Lets this process have so many files open at once (RLIMIT_NOFILE, getrlimit(2)), as far as the
+/// system lets it: up to the hard limit, and beyond it where this is a privileged process. Gives back
+/// how many there may be. What is more than enough already stays.
+///
+/// The soft limit is 1,024 nearly everywhere, for the sake of programs that call select(2); who
+/// needs more has to ask (systemd.exec(5), `LimitNOFILE=`).
+pub fn raise_open_files(wanted: u64) -> u64 {
+    let now = getrlimit(Resource::Nofile);
+    let (Some(soft), hard) = (now.current, now.maximum) else {
+        return u64::MAX;
+    };
+    if soft >= wanted {
+        return soft;
+    }
+    let within = hard.map_or(wanted, |hard| hard.min(wanted));
+    let tries = [
+        Rlimit {
+            current: Some(wanted),
+            maximum: hard.map(|hard| hard.max(wanted)),
+        },
+        Rlimit {
+            current: Some(within),
+            maximum: hard,
+        },
+    ];
+    for limit in tries {
+        if setrlimit(Resource::Nofile, limit).is_ok() {
+            return limit.current.unwrap_or(u64::MAX);
+        }
+    }
+    soft
 }
 
 /// Makes a service's data folder with this mode where it is missing. Nobody else may write to it.
@@ -163,6 +198,18 @@ mod tests {
         std::fs::set_permissions(&data, mode).unwrap();
         let error = data_folder(&data, 0o700, "make it").unwrap_err();
         assert!(error.hint_text().unwrap().contains("chmod go-w"), "{error}");
+    }
+
+    #[test]
+    fn the_limit_of_open_files_is_only_ever_raised() {
+        let now = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        assert_eq!(raise_open_files(1), now, "enough is left as it is");
+        let raised = raise_open_files(now.saturating_add(1));
+        assert!(raised >= now);
+        assert_eq!(
+            getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX),
+            raised
+        );
     }
 
     #[tokio::test]

@@ -47,6 +47,11 @@ const ALLOWED: &[(&str, &[&str])] = &[
     // Looks at everything from outside, by processes and files alone.
     ("ghost-e2e", &["ghost-hostile", "ghost-proto"]),
     ("ghost-hostile", &["ghost-proto"]),
+    // Plays many hosts at once, with the agent's own link.
+    (
+        "ghost-swarm",
+        &["ghost-domain", "ghost-infrastructure", "ghost-proto"],
+    ),
 ];
 
 /// Libraries of transport, storage, serialisation or runtime, which the inner layers do without.

@@ -169,37 +169,61 @@ pub(super) fn host(view: &HostView, link: Option<&LinkInfo>, now: Timestamp) -> 
     }
 }
 
-fn summary(vm: &VmSummary) -> message::VmSummary {
-    message::VmSummary {
-        id: vm.id.to_string(),
-        name: vm.name.clone(),
-        state: vm_state(vm.state).into(),
-        state_reason: vm.state_reason.clone(),
-        desired_state: desired_state(vm.desired).into(),
-        vcpus: vm.demand.cpus,
-        memory_bytes: vm.demand.memory.bytes(),
-        disk_bytes: vm.demand.disk.bytes(),
-        image: vm.image.clone(),
-        addresses: vm.addresses.clone(),
-        generation: vm.generation,
-        created_at: Some(timestamp(vm.created_at)),
-        tags: vm.tags.clone(),
-        owner: vm.owner.clone().unwrap_or_default(),
-    }
+/// Writes a host's part into a message that is used for all of its VMs, and was for other hosts'.
+pub(super) fn listed_host(into: &mut message::FleetVm, listed: &ListedHost, now: Timestamp) {
+    let view = &listed.host;
+    set(&mut into.host, &view.record.name);
+    set(&mut into.host_id, &view.record.id);
+    set(&mut into.tenant, &view.record.tenant);
+    view.state.as_str().clone_into(&mut into.host_state);
+    into.age = view.last_heard_at.map(|at| duration(now.since(at)));
 }
 
-/// The VMs of a host.
-pub(super) fn vms(listed: &ListedHost, now: Timestamp) -> impl Iterator<Item = message::FleetVm> {
-    let view = &listed.host;
-    let age = view.last_heard_at.map(|at| duration(now.since(at)));
-    listed.vms().map(move |vm| message::FleetVm {
-        host: view.record.name.to_string(),
-        host_id: view.record.id.to_string(),
-        tenant: view.record.tenant.to_string(),
-        host_state: view.state.as_str().to_owned(),
-        age,
-        vm: Some(summary(vm)),
-    })
+/// Writes a VM over the one that the message spoke of before; what is allocated is used again.
+pub(super) fn listed_vm(into: &mut message::FleetVm, vm: &VmSummary) {
+    let into = into.vm.get_or_insert_default();
+    let VmSummary {
+        id,
+        name,
+        state,
+        state_reason,
+        desired,
+        demand,
+        image,
+        addresses,
+        generation,
+        created_at,
+        tags,
+        owner,
+    } = vm;
+    set(&mut into.id, id);
+    name.clone_into(&mut into.name);
+    into.state = vm_state(*state).into();
+    state_reason.clone_into(&mut into.state_reason);
+    into.desired_state = desired_state(*desired).into();
+    into.vcpus = demand.cpus;
+    into.memory_bytes = demand.memory.bytes();
+    into.disk_bytes = demand.disk.bytes();
+    image.clone_into(&mut into.image);
+    addresses.clone_into(&mut into.addresses);
+    into.generation = *generation;
+    into.created_at = Some(timestamp(*created_at));
+    // Many VMs have the same, or none.
+    if into.tags != *tags {
+        tags.clone_into(&mut into.tags);
+    }
+    owner
+        .as_deref()
+        .unwrap_or_default()
+        .clone_into(&mut into.owner);
+}
+
+/// What a value is written as, in a text that is there already.
+fn set(into: &mut String, value: &impl std::fmt::Display) {
+    use std::fmt::Write as _;
+    into.clear();
+    // A text takes whatever comes.
+    let _ = write!(into, "{value}");
 }
 
 pub(super) fn placement(placed: Placed) -> message::Placement {

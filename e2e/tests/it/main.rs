@@ -34,5 +34,6 @@ mod random;
 mod remote;
 mod replicas;
 mod support;
+mod swarm;
 mod taken_core;
 mod terminal;

@@ -32,7 +32,7 @@ use crate::tunnel::messages::{MessageReader, MessageWriter};
 use crate::tunnel::{Closed, Dialled, TunnelHandle, TunnelStream};
 
 /// What Core may take to greet.
-const WELCOME_TIME: Duration = Duration::from_secs(10);
+const WELCOME_TIME: Duration = Duration::from_secs(30);
 /// What the application may take to say how the host fares.
 const REPORT_TIME: Duration = Duration::from_secs(10);
 /// Changes within this time are told together.
@@ -635,10 +635,14 @@ impl<'a> Life<'a> {
                         return End::again(format!("{BROKE}: {error}"));
                     }
                 }
-                _ = tick.tick() => {
+                due = tick.tick() => {
                     let pings = ticks.is_multiple_of(5);
                     ticks = ticks.wrapping_add(1);
-                    if let Err(end) = self.watch(pings, writer) {
+                    // Where this process itself stood still, what Core said lies unread. The next
+                    // tick judges.
+                    if due.elapsed() >= self.ping_interval {
+                        self.answered = self.answered.max(due);
+                    } else if let Err(end) = self.watch(pings, writer) {
                         return end;
                     }
                 }

@@ -188,15 +188,21 @@ impl CoreLinkService {
     /// Keeps the link up until `stop`. A host that has not joined a fleet waits until it does. To be
     /// called once.
     pub async fn run(&self, stop: CancellationToken) {
-        let Some(mut signalled) = self.signalled.lock().take() else {
-            tracing::error!("the link to Core runs already");
-            return;
-        };
         // Ends the watchers with this call, also where it is dropped.
         let watching = stop.child_token();
         let _ended = watching.clone().drop_guard();
         tokio::spawn(signals::watch_sleep(self.signals.clone(), watching.clone()));
         tokio::spawn(signals::watch_network(self.signals.clone(), watching));
+        self.run_unwatched(stop).await;
+    }
+
+    /// Like [`Self::run`], but nothing hurries a try when this machine wakes up or its network
+    /// changes: for a process that plays many hosts at once.
+    pub async fn run_unwatched(&self, stop: CancellationToken) {
+        let Some(mut signalled) = self.signalled.lock().take() else {
+            tracing::error!("the link to Core runs already");
+            return;
+        };
         tokio::select! {
             () = self.keep_linked(&mut signalled, &stop) => {}
             () = self.keep_certified(&stop) => {}

@@ -29,8 +29,11 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 
 /// How far clocks may be apart; certificates are taken that much before and after their time.
 pub(super) const CLOCK_SKEW: Duration = Duration::from_secs(5 * 60);
-/// What a connection and its handshake may take together.
+/// What a connection may take.
 const DIAL_TIME: Duration = Duration::from_secs(15);
+/// What its handshake may take on top. A Core to which all its hosts come back at once takes them in
+/// the order in which they came: who gives up too soon has waited for nothing, and comes again.
+const HANDSHAKE_TIME: Duration = Duration::from_secs(45);
 
 /// Whom the other side must be.
 #[derive(Clone, Debug)]
@@ -80,17 +83,24 @@ impl Setup {
 
     /// Connects to `host:port`.
     pub(super) async fn dial(&self, address: &str) -> Result<(TlsStream<TcpStream>, SocketAddr)> {
-        match tokio::time::timeout(DIAL_TIME, self.dial_unbounded(address)).await {
-            Ok(dialled) => dialled.map_err(|error| failure(address, &error)),
-            Err(_) => Err(unreachable(address, "it does not answer within 15 s")),
-        }
+        let connecting = TcpStream::connect(address);
+        let stream = tokio::time::timeout(DIAL_TIME, connecting)
+            .await
+            .map_err(|_| unreachable(address, "it does not answer within 15 s"))?
+            .map_err(|error| failure(address, &error))?;
+        // On the heap: what a handshake needs is much more than what a link needs afterwards.
+        let shaking = Box::pin(self.shake_hands(address, stream));
+        tokio::time::timeout(HANDSHAKE_TIME, shaking)
+            .await
+            .map_err(|_| unreachable(address, "it does not finish its handshake within 45 s"))?
+            .map_err(|error| failure(address, &error))
     }
 
-    async fn dial_unbounded(
+    async fn shake_hands(
         &self,
         address: &str,
+        stream: TcpStream,
     ) -> io::Result<(TlsStream<TcpStream>, SocketAddr)> {
-        let stream = TcpStream::connect(address).await?;
         // Frames are whole messages; waiting for more would delay each.
         stream.set_nodelay(true)?;
         let local = stream.local_addr()?;

@@ -21,6 +21,7 @@ use futures::future::BoxFuture;
 use ghost_domain::{Error, ErrorCode, Result, Timestamp};
 use ghost_proto::core::LINK_PROTOCOL;
 use rustls::ServerConfig;
+use tokio::io::Interest;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_rustls::TlsAcceptor;
@@ -223,6 +224,12 @@ impl Listener {
             .acquire_owned()
             .await
             .map_err(io::Error::other)?;
+        // Whoever gave up while it waited in line wants no handshake any more. Under load that would
+        // be work for nobody, and the next would give up for it.
+        let readable = stream.ready(Interest::READABLE).await?;
+        if readable.is_read_closed() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
         let accepting = TlsAcceptor::from(Arc::clone(&self.config)).accept(stream);
         let shaken = async {
             tokio::pin!(accepting);

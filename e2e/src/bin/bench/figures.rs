@@ -20,7 +20,7 @@ use virt::domain::Domain;
 use virt::sys;
 
 use crate::report::{Budget, Figure, Report, median, ms, progress};
-use crate::{hostile, inside, thousand};
+use crate::{fleet, hostile, inside, thousand};
 
 /// Anything that stops the run.
 pub(crate) type Failure = Box<dyn std::error::Error + Send + Sync>;
@@ -36,12 +36,19 @@ pub(crate) fn run() -> Result<(), Failure> {
         .enable_all()
         .build()?;
     let mut report = Report::default();
+    // `bench fleet` and `bench inside`: one section by itself, for whoever works on it.
+    let section = std::env::args().nth(1);
+    if section.as_deref() == Some("fleet") {
+        let measured = fleet::measure(&runtime, &mut report);
+        // What was measured until something stopped the run is told all the same.
+        report.print()?;
+        return measured;
+    }
     let mut agent = Builder::new().set("logging.level", "warn").start();
     agent.wait_idle(Duration::from_secs(60));
     let host = host_line(&agent);
     progress(&host);
-    // `bench inside`: one section by itself, for whoever works on it.
-    if std::env::args().nth(1).as_deref() == Some("inside") {
+    if section.as_deref() == Some("inside") {
         inside::measure(&agent, &runtime, &mut report)?;
         return report.print().map_err(Into::into);
     }
@@ -66,15 +73,17 @@ pub(crate) fn run() -> Result<(), Failure> {
     inside::measure(&agent, &runtime, &mut report)?;
     hostile::measure(&mut report)?;
     thousand::measure(&mut agent, &runtime, &mut report)?;
+    drop(agent);
+    let measured = fleet::measure(&runtime, &mut report);
 
     use std::io::Write as _;
     writeln!(std::io::stdout(), "{host}\n")?;
     report.print()?;
-    Ok(())
+    measured
 }
 
 /// The host in one line.
-fn host_line(agent: &Agent) -> String {
+pub(crate) fn host_line(agent: &Agent) -> String {
     let status = agent.ctl().json(&["status"]);
     let text = |value: &serde_json::Value| value.as_str().unwrap_or("?").to_owned();
     let gib = status["resources"]["total"]["memory_bytes"]

@@ -6,6 +6,7 @@
 //! that the parent cleans up also after an interruption.
 
 mod figures;
+mod fleet;
 mod hostile;
 mod inside;
 mod report;
@@ -14,7 +15,7 @@ mod thousand;
 use std::io::Write as _;
 use std::process::ExitCode;
 
-use ghost_e2e::agent;
+use ghost_e2e::{agent, core, swarm};
 
 /// Set for the child.
 const INNER: &str = "GHOST_BENCH_INNER";
@@ -68,6 +69,8 @@ fn supervise() -> std::io::Result<ExitCode> {
         // It may be gone already.
         drop(child.kill().await);
         agent::sweep_of(|known| known == pid);
+        core::sweep_of(|known| known == pid);
+        swarm::sweep_of(|known| known == pid);
         Ok(code)
     })
 }

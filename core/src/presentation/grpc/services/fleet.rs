@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
+use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream::{self, BoxStream};
 use ghost_domain::{
@@ -13,10 +14,11 @@ use ghost_presentation::convert::{duration, request_id};
 use ghost_presentation::grpc::status::to_status;
 use ghost_proto::core::v1::fleet_service_server::FleetService;
 use ghost_proto::core::v1::*;
+use prost::Message;
 use tonic::{Request, Response, Status};
 
 use super::super::notes::Note;
-use super::{Answer, answer, caller, note};
+use super::{Answer, answer, caller, listing, note};
 use crate::application::accounts::{
     CreateKeyCommand, CreateTokenCommand, Keys, Tenants, Tokens, UpdateUserCommand, Users,
     WhoJoins, tenant_of,
@@ -72,6 +74,25 @@ fn count(number: usize) -> u32 {
 }
 
 impl Fleets {
+    /// `ListVms`, with an answer that is encoded.
+    pub(super) fn listed_vms(&self, request: Request<ListFleetVmsRequest>) -> Answer<Bytes> {
+        let caller = caller(&request)?;
+        let request = request.into_inner();
+        let filled = |text: String| Some(text).filter(|text| !text.is_empty());
+        let listed = || {
+            let query = ListVmsQuery {
+                tenant: convert::tenant(&request.tenant)?,
+                host: filled(request.host),
+                tags: request.tags,
+                name: filled(request.name),
+            };
+            let hosts = self.list_vms.execute(&caller, query)?;
+            listing::encode(&hosts, self.now())
+                .map_err(|cause| Error::internal("a list cannot be written").because(cause))
+        };
+        answer(listed())
+    }
+
     fn now(&self) -> Timestamp {
         self.fleet.clock().now()
     }
@@ -440,26 +461,16 @@ impl FleetService for Fleets {
         Ok(Response::new(hosts(desk, fleet, caller, only)))
     }
 
+    /// As a message; [`super::listing`] answers before this is asked.
     async fn list_vms(
         &self,
         request: Request<ListFleetVmsRequest>,
     ) -> Answer<ListFleetVmsResponse> {
-        let caller = caller(&request)?;
-        let request = request.into_inner();
-        let filled = |text: String| Some(text).filter(|text| !text.is_empty());
-        let listed = || {
-            let query = ListVmsQuery {
-                tenant: convert::tenant(&request.tenant)?,
-                host: filled(request.host),
-                tags: request.tags,
-                name: filled(request.name),
-            };
-            let now = self.now();
-            let hosts = self.list_vms.execute(&caller, query)?;
-            let vms = hosts.iter().flat_map(|host| convert::vms(host, now));
-            Ok(ListFleetVmsResponse { vms: vms.collect() })
-        };
-        answer(listed())
+        let encoded = self.listed_vms(request)?.into_inner();
+        answer(
+            ListFleetVmsResponse::decode(encoded)
+                .map_err(|cause| Error::internal("a list cannot be read back").because(cause)),
+        )
     }
 
     async fn place(&self, request: Request<PlaceRequest>) -> Answer<Placement> {

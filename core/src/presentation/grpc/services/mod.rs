@@ -5,6 +5,7 @@ mod enrolment;
 mod events;
 mod fleet;
 mod health;
+mod listing;
 mod replica;
 
 use std::sync::Arc;
@@ -99,7 +100,7 @@ pub(super) fn routes(
         authority: authority(),
         addresses: options.addresses.clone(),
     });
-    let fleet_service = fleet::Fleets {
+    let fleets = Arc::new(fleet::Fleets {
         fleet: fleet(),
         list_hosts: ListHosts { fleet: fleet() },
         get_host: GetHost { fleet: fleet() },
@@ -124,7 +125,7 @@ pub(super) fn routes(
         version: options.version.clone(),
         replica: options.replica.clone(),
         started: Instant::now(),
-    };
+    });
     let access = access::Access {
         enrolment: PersonEnrolment::new(fleet(), authority()),
         tokens,
@@ -139,20 +140,21 @@ pub(super) fn routes(
         known: SERVICES,
         shutdown: shutdown.clone(),
     };
-    Ok(
-        Routes::new(FleetServiceServer::from_arc(Arc::new(fleet_service)))
-            .add_service(AccessServiceServer::new(access))
-            .add_service(EventServiceServer::new(events::Events {
-                chronicle: Arc::clone(&parts.events),
-            }))
-            .add_service(EnrolmentServiceServer::new(enrolment))
-            .add_service(ReplicaServiceServer::new(replica::Replicas {
-                links: Arc::clone(&parts.links),
-                audit: Arc::clone(&parts.audit),
-                replica: options.replica.clone(),
-            }))
-            .add_service(HealthServer::new(health))
-            .add_service(reflection().build_v1().map_err(unusable)?)
-            .add_service(reflection().build_v1alpha().map_err(unusable)?),
-    )
+    Ok(Routes::new(listing::Listing {
+        rest: FleetServiceServer::from_arc(Arc::clone(&fleets)),
+        fleets,
+    })
+    .add_service(AccessServiceServer::new(access))
+    .add_service(EventServiceServer::new(events::Events {
+        chronicle: Arc::clone(&parts.events),
+    }))
+    .add_service(EnrolmentServiceServer::new(enrolment))
+    .add_service(ReplicaServiceServer::new(replica::Replicas {
+        links: Arc::clone(&parts.links),
+        audit: Arc::clone(&parts.audit),
+        replica: options.replica.clone(),
+    }))
+    .add_service(HealthServer::new(health))
+    .add_service(reflection().build_v1().map_err(unusable)?)
+    .add_service(reflection().build_v1alpha().map_err(unusable)?))
 }
