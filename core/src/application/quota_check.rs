@@ -144,18 +144,20 @@ impl Reserved {
     /// The host took the request: the room stays held until it tells of the VM.
     pub fn keep(mut self, vm: Option<String>) {
         self.kept = true;
-        if let (Some(held), Some(vm)) = (self.held.take(), &vm)
-            && !held.named
-        {
-            let vm = vm.clone();
+        let Some(held) = self.held.take() else {
+            if let Some(one) = self.book.lock().reservations.get_mut(&self.number) {
+                one.vm = vm;
+            }
+            return;
+        };
+        // The records count it from now on, on this replica as on the others.
+        self.book.lock().reservations.remove(&self.number);
+        if let (Some(vm), false) = (vm, held.named) {
             held.change(move |all, id| {
                 for one in all.iter_mut().filter(|one| one.id == id) {
                     one.vm = Some(vm.clone());
                 }
             });
-        }
-        if let Some(one) = self.book.lock().reservations.get_mut(&self.number) {
-            one.vm = vm;
         }
     }
 }
@@ -627,13 +629,9 @@ fn candidate(view: &HostView, snapshot: &Snapshot, book: &Book) -> Candidate {
 
 /// Whether what its host said of itself, as it is stored, has the VM that room is held for.
 fn is_told(state: &FleetState, held: &HeldRoom) -> bool {
-    state.inventory(held.host).is_some_and(|inventory| {
-        held.vms > 0
-            && inventory.vms.values().any(|vm| match &held.vm {
-                Some(id) => vm.id.to_string() == *id,
-                None => !held.name.is_empty() && vm.name == held.name,
-            })
-    })
+    state
+        .inventory(held.host)
+        .is_some_and(|inventory| held.is_told(inventory))
 }
 
 /// What is used of a quota by the records alone, which all replicas see in the same order.

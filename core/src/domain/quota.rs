@@ -3,6 +3,8 @@
 use ghost_domain::{ByteSize, Demand, HostId, Timestamp};
 use uuid::Uuid;
 
+use super::Inventory;
+
 /// The most that a tenant or a user may have; `None`: no limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Quota {
@@ -83,6 +85,17 @@ pub struct HeldRoom {
     pub demand: Demand,
     /// Until when it counts without a word of its host.
     pub until: Timestamp,
+}
+
+impl HeldRoom {
+    /// Whether its host tells of the VM.
+    pub fn is_told(&self, inventory: &Inventory) -> bool {
+        self.vms > 0
+            && inventory.vms.values().any(|vm| match &self.vm {
+                Some(id) => vm.id.to_string() == *id,
+                None => !self.name.is_empty() && vm.name == self.name,
+            })
+    }
 }
 
 #[cfg(test)]

@@ -39,8 +39,8 @@ pub use state::{Decision, Draft, FleetState};
 
 use crate::domain::ports::{Committed, Condition, FleetStore, RecordChange};
 use crate::domain::{
-    HostHealth, HostRecord, HostState, Inventory, LinkTruth, Ownership, Quota, Record, RecordKey,
-    Tenant, shown_state,
+    HeldRoom, HostHealth, HostRecord, HostState, Inventory, LinkTruth, Ownership, Quota, Record,
+    RecordKey, Tenant, shown_state,
 };
 use state::Touched;
 
@@ -388,6 +388,16 @@ impl Fleet {
                 // Against a removal of the host in the same moment.
                 draft.unchanged(&RecordKey::Host(host));
                 draft.put(RecordKey::Inventory(host), record);
+                // Once told of, a VM is counted by that alone, also when it is gone again.
+                if let Some(owner) = state.host(host) {
+                    let held = state.room(&owner.tenant);
+                    let told = |one: &HeldRoom| one.host == host && one.is_told(&newest);
+                    if held.iter().any(told) {
+                        let left = held.iter().filter(|one| !told(one)).cloned().collect();
+                        let key = RecordKey::Room(owner.tenant.clone());
+                        draft.put(key, Record::Room(left));
+                    }
+                }
             }
             Ok(draft.done(()))
         })
