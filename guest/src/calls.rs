@@ -5,16 +5,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
+use ghost_proto::guest;
 use ghost_proto::guest::v1::agent_message::Payload;
 use ghost_proto::guest::v1::{self, Stream, StreamData, Telemetry, WindowUpdate};
-use ghost_proto::guest::{INITIAL_WINDOW, MOST_STREAM_DATA};
 use rustix::event::EventfdFlags;
 
 use crate::Failure;
 use crate::engine::End;
-
-/// A grant is worth a message once so much was consumed.
-pub(crate) const GRANT: u64 = INITIAL_WINDOW / 4;
 
 /// What other threads tell the loop.
 pub(crate) enum Mail {
@@ -91,25 +88,28 @@ struct Shared {
 /// The loop's side of a call in a thread.
 pub(crate) struct Task {
     shared: Arc<Shared>,
+    rules: guest::Flow,
 }
 
 impl Task {
-    /// Starts a thread for a call.
+    /// Starts a thread for a call, whose contents of a file flow by these rules.
     pub(crate) fn start(
         serial: u32,
         mailbox: Mailbox,
+        rules: guest::Flow,
         work: impl FnOnce(&mut Port) -> Result<Payload, Failure> + Send + 'static,
     ) -> Result<Self, Failure> {
         let shared = Arc::new(Shared::default());
         {
             let mut flow = lock(&shared.flow);
-            flow.credit = INITIAL_WINDOW;
-            flow.window = INITIAL_WINDOW;
+            flow.credit = rules.window;
+            flow.window = rules.window;
         }
         let mut port = Port {
             serial,
             mailbox,
             shared: Arc::clone(&shared),
+            rules,
             ungranted: 0,
         };
         std::thread::Builder::new()
@@ -125,7 +125,7 @@ impl Task {
                 port.mailbox.put(Mail::Final(port.serial, payload));
             })
             .map_err(|error| Failure::io("a thread for the call", &error))?;
-        Ok(Self { shared })
+        Ok(Self { shared, rules })
     }
 
     /// Takes bytes of the host.
@@ -150,7 +150,7 @@ impl Task {
     pub(crate) fn grant(&self, bytes: u64) {
         let mut flow = lock(&self.shared.flow);
         // A host that grants the world gets no more than a few windows at once of our memory.
-        flow.window = flow.window.saturating_add(bytes).min(4 * INITIAL_WINDOW);
+        flow.window = flow.window.saturating_add(bytes).min(4 * self.rules.window);
         self.shared.wake.notify_all();
     }
 
@@ -171,6 +171,7 @@ pub(crate) struct Port {
     serial: u32,
     mailbox: Mailbox,
     shared: Arc<Shared>,
+    rules: guest::Flow,
     ungranted: u64,
 }
 
@@ -208,7 +209,7 @@ impl Port {
     /// So much of what was received is done with.
     pub(crate) fn consumed(&mut self, bytes: u64) {
         self.ungranted += bytes;
-        if self.ungranted >= GRANT {
+        if self.ungranted >= self.rules.grant {
             {
                 let mut flow = lock(&self.shared.flow);
                 flow.credit = flow.credit.saturating_add(self.ungranted);
@@ -231,7 +232,7 @@ impl Port {
             if flow.window > 0 {
                 return Ok(usize::try_from(flow.window)
                     .unwrap_or(usize::MAX)
-                    .min(MOST_STREAM_DATA));
+                    .min(self.rules.most));
             }
             flow = self
                 .shared

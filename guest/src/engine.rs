@@ -11,8 +11,10 @@ use std::time::{Duration, Instant};
 
 use ghost_proto::guest::frame::{self, Decoder, Found};
 use ghost_proto::guest::v1::agent_message::Payload;
-use ghost_proto::guest::v1::{AgentMessage, AgentReady, Hello, Pong, Telemetry, shutdown_request};
-use ghost_proto::guest::{NEWEST_VERSION, OLDEST_VERSION};
+use ghost_proto::guest::v1::{
+    AgentMessage, AgentReady, Hello, Pong, Stream, Telemetry, shutdown_request,
+};
+use ghost_proto::guest::{Flow, NEWEST_VERSION, OLDEST_VERSION};
 use rustix::event::{Timespec, epoll};
 use rustix::io::Errno;
 
@@ -91,6 +93,8 @@ struct Engine<'a> {
     offered: Vec<Capability>,
 
     session: Option<[u8; 16]>,
+    /// How contents of files flow in this session.
+    flow: Flow,
     allowed: Vec<Capability>,
     calls: BTreeMap<u32, Running>,
     serials: HashMap<CallId, u32>,
@@ -143,6 +147,7 @@ impl<'a> Engine<'a> {
             presented: present(options, &offered)?,
             offered,
             session: None,
+            flow: Flow::STREAM,
             allowed: Vec::new(),
             calls: BTreeMap::new(),
             serials: HashMap::new(),
@@ -444,6 +449,7 @@ impl<'a> Engine<'a> {
             self.allowed.clear();
         }
         self.session = Some(session);
+        self.flow = Flow::of(Stream::File, version.unwrap_or(0));
         self.outbox
             .speak_bulk(version.is_some_and(|version| version >= frame::BULK_VERSION));
         self.outbox.control(Vec::new(), Payload::AgentReady(ready));
@@ -536,7 +542,7 @@ impl<'a> Engine<'a> {
         payload: Payload,
     ) -> Result<Option<Call>, Failure> {
         let options = self.options;
-        let mailbox = self.mailbox.clone();
+        let (mailbox, flow) = (self.mailbox.clone(), self.flow);
         let task = match payload {
             Payload::Execute(request) => {
                 self.permit_writing(Capability::Exec)?;
@@ -550,33 +556,35 @@ impl<'a> Engine<'a> {
             Payload::FileWrite(request) => {
                 self.permit_writing(Capability::Files)?;
                 let roots = options.roots.clone();
-                Task::start(serial, mailbox, move |port| {
+                Task::start(serial, mailbox, flow, move |port| {
                     files::write(&roots, request, port)
                 })
             }
             Payload::FileRead(request) => {
                 self.permit(Capability::Files)?;
                 let roots = options.roots.clone();
-                Task::start(serial, mailbox, move |port| {
+                Task::start(serial, mailbox, flow, move |port| {
                     files::read(&roots, &request, port)
                 })
             }
             Payload::FileStat(request) => {
                 self.permit(Capability::Files)?;
                 let roots = options.roots.clone();
-                Task::start(serial, mailbox, move |_| files::stat(&roots, &request))
+                Task::start(serial, mailbox, flow, move |_| {
+                    files::stat(&roots, &request)
+                })
             }
             Payload::FileList(request) => {
                 self.permit(Capability::Files)?;
                 let roots = options.roots.clone();
-                Task::start(serial, mailbox, move |port| {
+                Task::start(serial, mailbox, flow, move |port| {
                     files::list(&roots, &request, port)
                 })
             }
             Payload::MakeDirectory(request) => {
                 self.permit_writing(Capability::Files)?;
                 let roots = options.roots.clone();
-                Task::start(serial, mailbox, move |_| {
+                Task::start(serial, mailbox, flow, move |_| {
                     files::make_directory(&roots, &request)
                 })
             }
@@ -609,40 +617,40 @@ impl<'a> Engine<'a> {
             Payload::SetPassword(request) => {
                 self.permit_writing(Capability::Password)?;
                 let sysroot = options.sysroot.clone();
-                Task::start(serial, mailbox, move |_| {
+                Task::start(serial, mailbox, flow, move |_| {
                     crate::accounts::set_password(&sysroot, &request).map(|()| done())
                 })
             }
             Payload::SshKeys(request) => {
                 self.permit_writing(Capability::SshKeys)?;
                 let sysroot = options.sysroot.clone();
-                Task::start(serial, mailbox, move |_| {
+                Task::start(serial, mailbox, flow, move |_| {
                     crate::accounts::change_keys(&sysroot, &request).map(|()| done())
                 })
             }
             Payload::SetClock(request) => {
                 self.permit(Capability::Clock)?;
                 let system = Arc::clone(&options.system);
-                Task::start(serial, mailbox, move |_| {
+                Task::start(serial, mailbox, flow, move |_| {
                     crate::clock::set(system.as_ref(), &request).map(|()| done())
                 })
             }
             Payload::Freeze(request) => {
                 self.permit(Capability::Freeze)?;
                 let freezer = Arc::clone(&self.freezer);
-                Task::start(serial, mailbox, move |_| freezer.freeze(&request))
+                Task::start(serial, mailbox, flow, move |_| freezer.freeze(&request))
             }
             Payload::Thaw(_) => {
                 self.permit(Capability::Freeze)?;
                 let freezer = Arc::clone(&self.freezer);
-                Task::start(serial, mailbox, move |_| freezer.thaw())
+                Task::start(serial, mailbox, flow, move |_| freezer.thaw())
             }
             Payload::Update(request) => {
                 self.permit_writing(Capability::Update)?;
                 let program = options.program.clone().ok_or_else(|| {
                     Failure::new("unsupported", "this agent is not a program of its own")
                 })?;
-                Task::start(serial, mailbox, move |port| {
+                Task::start(serial, mailbox, flow, move |port| {
                     crate::update::receive(&program, &request, port)
                 })
             }

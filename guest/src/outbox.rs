@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use bytes::{Buf, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use ghost_proto::guest::frame;
 use ghost_proto::guest::v1::{AgentMessage, agent_message::Payload};
 
@@ -12,6 +12,9 @@ use crate::util::now;
 
 /// So much is encoded ahead of the channel; more would only delay what is urgent.
 const AHEAD: usize = 96 * 1024;
+/// Contents of a file that are longer go out from where they lie; what is shorter is worth its copy,
+/// because every piece is a write of its own, and with it an exit to the hypervisor.
+const WORTH_COPYING: usize = 4 * 1024;
 
 /// The id of a call.
 pub(crate) type CallId = [u8; 16];
@@ -32,7 +35,11 @@ pub(crate) struct Outbox {
     queues: BTreeMap<u32, Queue>,
     /// Calls with something to send, in turn.
     ring: VecDeque<u32>,
-    wire: BytesMut,
+    /// What is encoded, in order; never with an empty piece.
+    wire: VecDeque<Bytes>,
+    wire_bytes: usize,
+    /// Where frames are encoded.
+    scratch: BytesMut,
     /// The host knows bulk frames.
     bulk: bool,
 }
@@ -90,7 +97,7 @@ impl Outbox {
 
     /// Bytes for the channel; empty where there is nothing to send.
     pub(crate) fn wire(&mut self, session: &[u8]) -> &[u8] {
-        while self.wire.len() < AHEAD {
+        while self.wire_bytes + self.scratch.len() < AHEAD {
             let (id, payload) = if let Some((id, payload)) = self.control.pop_front() {
                 self.control_bytes = self.control_bytes.saturating_sub(weight(&payload));
                 (id, payload)
@@ -119,29 +126,61 @@ impl Outbox {
                 session: session.to_vec(),
                 payload: Some(payload),
             };
-            let encoded = if self.bulk {
-                frame::encode_bulk(message, &mut self.wire)
-            } else {
-                frame::encode(&message, &mut self.wire)
-            };
-            if let Err(error) = encoded {
+            if let Err(error) = self.encode(message) {
                 // All that is made here is bounded well below a frame.
                 say!("not sent: {error}");
             }
         }
-        &self.wire
+        self.close_piece();
+        self.wire.front().map_or(&[], |piece| piece)
+    }
+
+    fn encode(&mut self, message: AgentMessage) -> Result<(), frame::TooLong> {
+        if !self.bulk {
+            return frame::encode(&message, &mut self.scratch);
+        }
+        let Some(contents) = frame::encode_around(message, &mut self.scratch)? else {
+            return Ok(());
+        };
+        if contents.data.len() <= WORTH_COPYING {
+            self.scratch.extend_from_slice(&contents.data);
+        } else {
+            self.close_piece();
+            self.wire_bytes += contents.data.len();
+            self.wire.push_back(contents.data);
+        }
+        self.scratch.extend_from_slice(&contents.trailer);
+        Ok(())
+    }
+
+    /// What was encoded so far becomes a piece of its own.
+    fn close_piece(&mut self) {
+        if !self.scratch.is_empty() {
+            self.wire_bytes += self.scratch.len();
+            self.wire.push_back(self.scratch.split().freeze());
+        }
     }
 
     /// So much of it went out.
     pub(crate) fn sent(&mut self, bytes: usize) {
-        self.wire.advance(bytes);
-        if self.wire.is_empty() && self.wire.capacity() > 4 * AHEAD {
-            self.wire = BytesMut::new();
+        if let Some(piece) = self.wire.front_mut() {
+            let bytes = bytes.min(piece.len());
+            piece.advance(bytes);
+            self.wire_bytes -= bytes;
+            if piece.is_empty() {
+                self.wire.pop_front();
+            }
+        }
+        if self.wire.is_empty() && self.scratch.capacity() > 4 * AHEAD {
+            self.scratch = BytesMut::new();
         }
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.wire.is_empty() && self.control.is_empty() && self.ring.is_empty()
+        self.wire.is_empty()
+            && self.scratch.is_empty()
+            && self.control.is_empty()
+            && self.ring.is_empty()
     }
 }
 

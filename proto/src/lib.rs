@@ -72,14 +72,46 @@ pub mod guest {
 
     /// The oldest protocol version that this release speaks.
     pub const OLDEST_VERSION: u32 = 1;
-    /// The newest. 2 has bulk frames, see [`frame`].
+    /// The newest. 2 has bulk frames, see [`frame`], and [`Flow::FILE`].
     pub const NEWEST_VERSION: u32 = 2;
     /// The name of the virtio-serial port, in the domain and in the guest.
     pub const PORT_NAME: &str = "org.ghost.agent.0";
-    /// How many bytes of one stream of a call may be under way without a grant.
-    pub const INITIAL_WINDOW: u64 = 256 * 1024;
-    /// Most bytes in one `StreamData`.
-    pub const MOST_STREAM_DATA: usize = 64 * 1024;
+
+    /// How the bytes of one stream of a call flow.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Flow {
+        /// How many bytes may be under way without a grant.
+        pub window: u64,
+        /// Most bytes in one `StreamData`.
+        pub most: usize,
+        /// A grant is worth a message once so many bytes were consumed.
+        pub grant: u64,
+    }
+
+    impl Flow {
+        /// What people and programs wait for: small pieces, so that none is late for another.
+        pub const STREAM: Self = Self {
+            window: 256 * 1024,
+            most: 64 * 1024,
+            grant: 64 * 1024,
+        };
+        /// Contents of files: every piece and every grant wakes threads on both sides, which costs an
+        /// emulated guest as much as a few ten KiB.
+        pub const FILE: Self = Self {
+            window: 512 * 1024,
+            most: 128 * 1024,
+            grant: 256 * 1024,
+        };
+
+        /// That of a stream in a version of the protocol.
+        pub fn of(stream: v1::Stream, version: u32) -> Self {
+            if stream == v1::Stream::File && version >= frame::BULK_VERSION {
+                Self::FILE
+            } else {
+                Self::STREAM
+            }
+        }
+    }
 }
 
 /// The file descriptor set of all packages, for gRPC reflection.

@@ -491,7 +491,7 @@ impl Listener {
                 let bytes = encode(&message(&received.session, &received.message_id, started));
                 self.channel.write_all(&bytes)?;
                 let mut heard = lock(&self.heard);
-                heard.granted = ghost_proto::guest::INITIAL_WINDOW;
+                heard.granted = ghost_proto::guest::Flow::STREAM.window;
                 heard.running.insert(0, received.message_id);
             }
             Some(Payload::WindowUpdate(update)) => {

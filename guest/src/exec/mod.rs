@@ -11,12 +11,12 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use bytes::{Buf, Bytes};
+use ghost_proto::guest::Flow;
 use ghost_proto::guest::v1::agent_message::Payload;
 use ghost_proto::guest::v1::execute_response::{Event, Exited, Started};
 use ghost_proto::guest::v1::{
     ExecuteRequest, ExecuteResponse, Stream, StreamData, Terminal, WindowUpdate,
 };
-use ghost_proto::guest::{INITIAL_WINDOW, MOST_STREAM_DATA};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::Signal;
@@ -24,7 +24,7 @@ use rustix::termios::Winsize;
 
 use crate::Failure;
 use crate::accounts::{Accounts, Identity};
-use crate::calls::{GRANT, Mail, Mailbox};
+use crate::calls::{Mail, Mailbox};
 use crate::util::duration;
 
 pub(crate) use spawn::peek_dead_child;
@@ -221,7 +221,7 @@ impl Exec {
             look_started: false,
             look_exited: false,
             input,
-            credit: INITIAL_WINDOW,
+            credit: Flow::STREAM.window,
             ungranted: 0,
             outputs,
             terminal: master,
@@ -349,7 +349,10 @@ impl Exec {
     pub(crate) fn grant(&mut self, stream: Stream, bytes: u64) {
         for output in &mut self.outputs {
             if output.stream == stream {
-                output.window = output.window.saturating_add(bytes).min(4 * INITIAL_WINDOW);
+                output.window = output
+                    .window
+                    .saturating_add(bytes)
+                    .min(4 * Flow::STREAM.window);
             }
         }
     }
@@ -525,7 +528,7 @@ impl Exec {
         if closed && let Some(input) = self.input.take() {
             self.ungranted += input.queue.iter().map(|one| one.len() as u64).sum::<u64>();
         }
-        if self.ungranted >= GRANT {
+        if self.ungranted >= Flow::STREAM.grant {
             turn.messages.push(Payload::WindowUpdate(WindowUpdate {
                 stream: Stream::Stdin.into(),
                 bytes: self.ungranted,
@@ -556,7 +559,7 @@ impl Exec {
                     usize::try_from(output.window)
                         .unwrap_or(usize::MAX)
                         .min(scratch.len())
-                        .min(MOST_STREAM_DATA)
+                        .min(Flow::STREAM.most)
                 };
                 if most == 0 {
                     break;
@@ -616,7 +619,7 @@ impl Output {
             readable: false,
             hung_up: false,
             terminal,
-            window: INITIAL_WINDOW,
+            window: Flow::STREAM.window,
             owed: 0,
         }
     }

@@ -4,9 +4,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use ghost_guest::Options;
+use ghost_proto::guest::Flow;
 use ghost_proto::guest::v1::agent_message::Payload;
 use ghost_proto::guest::v1::{Cancel, ExecuteRequest, Resize, Signal, Stream, Terminal};
-use ghost_proto::guest::{INITIAL_WINDOW, MOST_STREAM_DATA};
 
 use crate::host::{Host, code, sh, until};
 
@@ -55,9 +55,9 @@ fn stdin_of_any_size_arrives_whole() {
     let mut request = sh("sha256sum; echo over");
     request.stdin = true;
     let id = host.call(Payload::Execute(request));
-    let chunk = vec![b'x'; MOST_STREAM_DATA];
+    let chunk = vec![b'x'; Flow::STREAM.most];
     let mut left = 5_000_000usize;
-    let mut credit = usize::try_from(INITIAL_WINDOW).unwrap();
+    let mut credit = usize::try_from(Flow::STREAM.window).unwrap();
     while left > 0 {
         let now = left.min(chunk.len());
         while credit < now {
@@ -94,7 +94,7 @@ fn a_program_that_reads_no_stdin_takes_it_all_the_same() {
     request.stdin = true;
     let id = host.call(Payload::Execute(request));
     for _ in 0..4 {
-        host.data(&id, Stream::Stdin, &[0; MOST_STREAM_DATA], false);
+        host.data(&id, Stream::Stdin, &[0; Flow::STREAM.most], false);
     }
     assert_eq!(host.output(&id).text(), "ok\n");
     // Without any stdin it is empty.
@@ -108,7 +108,7 @@ fn more_than_was_granted_ends_the_call() {
     request.stdin = true;
     let id = host.call(Payload::Execute(request));
     for _ in 0..6 {
-        host.data(&id, Stream::Stdin, &[0; MOST_STREAM_DATA], false);
+        host.data(&id, Stream::Stdin, &[0; Flow::STREAM.most], false);
     }
     let answer = loop {
         match host.next(&id) {
@@ -124,7 +124,7 @@ fn an_unread_stream_stalls_no_other_call() {
     let mut host = host();
     let flood = host.call(Payload::Execute(sh("cat /dev/zero")));
     let mut seen = 0;
-    while seen < INITIAL_WINDOW {
+    while seen < Flow::STREAM.window {
         if let Payload::StreamData(data) = host.next(&flood) {
             seen += data.data.len() as u64;
         }
@@ -133,7 +133,7 @@ fn an_unread_stream_stalls_no_other_call() {
     for _ in 0..3 {
         assert_eq!(host.run(sh("echo here")).text(), "here\n");
     }
-    assert_eq!(seen, INITIAL_WINDOW);
+    assert_eq!(seen, Flow::STREAM.window);
     host.send(&flood, Payload::Cancel(Cancel {}));
     let output = host.output(&flood);
     assert!(output.exited.cancelled && output.exited.signal == 9);

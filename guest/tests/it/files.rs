@@ -11,7 +11,7 @@ use ghost_proto::guest::v1::{
     FileWriteRequest, MakeDirectoryRequest, MakeLinkRequest, Stream, file_read_response,
     file_write_response,
 };
-use ghost_proto::guest::{INITIAL_WINDOW, MOST_STREAM_DATA, NEWEST_VERSION};
+use ghost_proto::guest::{Flow, NEWEST_VERSION};
 use prost_types::Timestamp;
 use twox_hash::XxHash3_128;
 
@@ -65,8 +65,9 @@ fn begin(host: &mut Host, request: FileWriteRequest) -> Result<(Id, u64), String
 
 /// Sends bytes within the window; gives the answer to the end, if that was sent.
 fn send(host: &mut Host, id: &Id, bytes: &[u8], end: bool) -> Option<Payload> {
-    let mut credit = INITIAL_WINDOW;
-    let mut chunks = bytes.chunks(MOST_STREAM_DATA).peekable();
+    let flow = Flow::of(Stream::File, host.version);
+    let mut credit = flow.window;
+    let mut chunks = bytes.chunks(flow.most).peekable();
     if bytes.is_empty() {
         host.data(id, Stream::File, &[], end);
     }
@@ -201,7 +202,7 @@ fn files_travel_within_the_checksum_where_the_host_knows_no_other_way() {
         bulk.push(host.bulk);
     }
     assert_eq!(bulk[0], 0);
-    assert!(bulk[1] >= 300_000 / MOST_STREAM_DATA, "{bulk:?}");
+    assert!(bulk[1] >= 300_000 / Flow::FILE.most, "{bulk:?}");
 }
 
 #[test]
@@ -510,12 +511,12 @@ fn an_unread_file_stalls_no_other_call() {
         ..FileReadRequest::default()
     }));
     let mut seen = 0;
-    while seen < INITIAL_WINDOW {
+    while seen < Flow::FILE.window {
         if let Payload::StreamData(data) = host.next(&id) {
             seen += data.data.len() as u64;
         }
     }
-    assert_eq!(seen, INITIAL_WINDOW);
+    assert_eq!(seen, Flow::FILE.window);
     assert_eq!(host.run(sh("echo here")).text(), "here\n");
     host.send(&id, Payload::Cancel(Cancel {}));
     assert_eq!(code(host.next(&id)), "cancelled");

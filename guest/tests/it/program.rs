@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use ghost_proto::guest::Flow;
 use ghost_proto::guest::v1::agent_message::Payload;
 use ghost_proto::guest::v1::{AgentReady, Stream, UpdateRequest};
-use ghost_proto::guest::{INITIAL_WINDOW, MOST_STREAM_DATA};
 use sha2::{Digest, Sha256};
 
 use crate::host::{Host, code, until};
@@ -93,8 +93,8 @@ fn update(host: &mut Host, bytes: &[u8], sha256: Vec<u8>, version: &str) -> Payl
         sha256,
         version: version.into(),
     }));
-    let mut credit = INITIAL_WINDOW;
-    let mut chunks = bytes.chunks(MOST_STREAM_DATA).peekable();
+    let mut credit = Flow::FILE.window;
+    let mut chunks = bytes.chunks(Flow::FILE.most).peekable();
     while let Some(chunk) = chunks.next() {
         while credit < chunk.len() as u64 {
             match host.next(&id) {

@@ -8,8 +8,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
-use ghost_proto::guest::INITIAL_WINDOW;
-use ghost_proto::guest::MOST_STREAM_DATA;
+use ghost_proto::guest::Flow;
 use ghost_proto::guest::v1::agent_message::Payload;
 use ghost_proto::guest::v1::{
     ExecuteRequest, FileAttributes, FileReadRequest, FileWriteRequest, Ping, ShutdownRequest,
@@ -202,8 +201,8 @@ fn a_real_port_carries_it_all() {
         checksum: XxHash3_128::oneshot(&bytes).to_be_bytes().to_vec(),
         ..FileWriteRequest::default()
     }));
-    let mut credit = INITIAL_WINDOW;
-    let mut chunks = bytes.chunks(MOST_STREAM_DATA).peekable();
+    let mut credit = Flow::FILE.window;
+    let mut chunks = bytes.chunks(Flow::FILE.most).peekable();
     while let Some(chunk) = chunks.next() {
         while credit < chunk.len() as u64 {
             match host.next(&id) {

@@ -10,13 +10,13 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use ghost_domain::{Error, ErrorCode, Result};
+use ghost_proto::guest::Flow;
 use ghost_proto::guest::frame::BULK_VERSION;
 use ghost_proto::guest::v1::agent_message::Payload;
 use ghost_proto::guest::v1::{
     AgentMessage, Cancel, Stream, StreamData, execute_response, file_read_response,
     file_write_response,
 };
-use ghost_proto::guest::{INITIAL_WINDOW, MOST_STREAM_DATA};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -32,8 +32,6 @@ pub(super) const MOST_UNREAD: usize = 6 << 20;
 const MOST_MERGED: usize = 64 * 1024;
 /// Pieces that wait apart; beyond it a new one is put to the last of its stream.
 const MOST_PIECES: usize = 512;
-/// So many bytes are read before the guest is told that it may send as many again.
-const GRANT_AFTER: u64 = 64 * 1024;
 
 /// What a call is for, which decides what may come for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,6 +78,8 @@ impl Violation {
 pub(super) struct Call {
     pub(super) id: CallId,
     kind: Kind,
+    /// How the bytes of its streams flow.
+    flow: Flow,
     session: Arc<Session>,
     state: Mutex<State>,
     /// Something came, or the call has ended.
@@ -114,12 +114,17 @@ fn slot(stream: Stream) -> usize {
 
 impl Call {
     pub(super) fn new(id: CallId, kind: Kind, session: Arc<Session>) -> Self {
+        let flow = match kind {
+            Kind::Read | Kind::Write => Flow::of(Stream::File, session.hello.protocol_version),
+            Kind::Simple | Kind::Execute => Flow::STREAM,
+        };
         Self {
             id,
             kind,
+            flow,
             session,
             state: Mutex::new(State {
-                send_window: INITIAL_WINDOW,
+                send_window: flow.window,
                 ..State::default()
             }),
             inbox: Notify::new(),
@@ -238,7 +243,7 @@ impl Call {
                 }
                 let window = usize::try_from(state.send_window).unwrap_or(usize::MAX);
                 if window > 0 {
-                    return Ok(length.min(window).min(MOST_STREAM_DATA));
+                    return Ok(length.min(window).min(self.flow.most));
                 }
             }
             tokio::select! {
@@ -275,7 +280,7 @@ impl Call {
                         self.session.forget_unread(data.len());
                         let slot = slot(*stream);
                         state.read[slot] += data.len() as u64;
-                        if state.read[slot] >= GRANT_AFTER && !state.finished {
+                        if state.read[slot] >= self.flow.grant && !state.finished {
                             let bytes = std::mem::take(&mut state.read[slot]);
                             state.outstanding[slot] -= bytes;
                             grant = Some((*stream, bytes));
@@ -339,7 +344,7 @@ impl Call {
                 if !fits {
                     return Err(Violation::new("a window for a stream that is not sent"));
                 }
-                if state.send_window >= INITIAL_WINDOW {
+                if state.send_window >= self.flow.window {
                     // Nothing was sent that it could have consumed.
                     return Ok(Worth::Idle);
                 }
@@ -347,7 +352,7 @@ impl Call {
                 state.send_window = state
                     .send_window
                     .saturating_add(update.bytes)
-                    .min(INITIAL_WINDOW);
+                    .min(self.flow.window);
                 self.window.notify_one();
                 return Ok(Worth::Good);
             }
@@ -377,7 +382,7 @@ impl Call {
         if !fits || !state.answered {
             return Err(Violation::new("data that nobody asked for"));
         }
-        if piece.data.len() > MOST_STREAM_DATA {
+        if piece.data.len() > self.flow.most {
             return Err(Violation::new("a piece of a stream that is too long"));
         }
         if piece.data.is_empty() {
@@ -386,7 +391,7 @@ impl Call {
         }
         let slot = slot(stream);
         let outstanding = state.outstanding[slot] + piece.data.len() as u64;
-        if outstanding > INITIAL_WINDOW {
+        if outstanding > self.flow.window {
             return Err(Violation::new("more data than the window allows"));
         }
         state.outstanding[slot] = outstanding;

@@ -15,8 +15,9 @@
 /// another session than the one last greeted is dropped by both sides: it is of an earlier life.
 ///
 /// Bulk data flows as StreamData within a window for each stream of a call: a sender sends no more
-/// than INITIAL_WINDOW bytes (256 KiB) beyond what the receiver has granted back by WindowUpdate, so
-/// that one slow reader stalls nobody else on the channel.
+/// than 256 KiB (of a file from version 2 on: 512 KiB) beyond what the receiver has granted back by
+/// WindowUpdate, so that one slow reader stalls nobody else on the channel. One StreamData has at most
+/// 64 KiB (128 KiB).
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct AgentMessage {
     /// 16 random bytes: the call. Empty in messages that belong to none.

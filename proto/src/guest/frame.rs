@@ -81,14 +81,40 @@ pub fn encode(message: &AgentMessage, out: &mut BytesMut) -> Result<(), TooLong>
 ///
 /// # Errors
 /// As [`encode`].
-pub fn encode_bulk(mut message: AgentMessage, out: &mut BytesMut) -> Result<(), TooLong> {
+pub fn encode_bulk(message: AgentMessage, out: &mut BytesMut) -> Result<(), TooLong> {
+    if let Some(contents) = encode_around(message, out)? {
+        out.reserve(contents.data.len() + BULK_TRAILER);
+        out.extend_from_slice(&contents.data);
+        out.extend_from_slice(&contents.trailer);
+    }
+    Ok(())
+}
+
+/// What [`encode_around`] leaves to be sent.
+#[derive(Debug)]
+pub struct Contents {
+    /// First these.
+    pub data: Bytes,
+    /// Then these.
+    pub trailer: [u8; BULK_TRAILER],
+}
+
+/// As [`encode_bulk`], without copying the contents of a file: what follows what was appended comes
+/// back.
+///
+/// # Errors
+/// As [`encode`].
+pub fn encode_around(
+    mut message: AgentMessage,
+    out: &mut BytesMut,
+) -> Result<Option<Contents>, TooLong> {
     let data = match &mut message.payload {
         Some(Payload::StreamData(data))
             if data.stream == Stream::File as i32 && !data.data.is_empty() =>
         {
             std::mem::take(&mut data.data)
         }
-        _ => return encode(&message, out),
+        _ => return encode(&message, out).map(|()| None),
     };
     let length = message.encoded_len();
     let whole = BULK_HEADER + length + data.len() + BULK_TRAILER;
@@ -99,7 +125,7 @@ pub fn encode_bulk(mut message: AgentMessage, out: &mut BytesMut) -> Result<(), 
     }
     // Both are below a megabyte.
     let lengths = [length, data.len()].map(|one| (one as u32).to_be_bytes());
-    out.reserve(whole);
+    out.reserve(BULK_HEADER + length);
     let start = out.len();
     out.extend_from_slice(&BULK_MAGIC);
     out.extend_from_slice(&lengths[0]);
@@ -109,11 +135,9 @@ pub fn encode_bulk(mut message: AgentMessage, out: &mut BytesMut) -> Result<(), 
         out.truncate(start);
         return Err(TooLong { length });
     }
-    let sum = bulk_checksum(&out[start..]).to_be_bytes();
-    out[start + 8..start + HEADER].copy_from_slice(&sum);
-    out.extend_from_slice(&data);
-    out.extend_from_slice(&sum);
-    Ok(())
+    let trailer = bulk_checksum(&out[start..]).to_be_bytes();
+    out[start + 8..start + HEADER].copy_from_slice(&trailer);
+    Ok(Some(Contents { data, trailer }))
 }
 
 /// Of a bulk frame up to its contents.

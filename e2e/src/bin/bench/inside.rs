@@ -159,7 +159,7 @@ impl Ours<'_> {
         };
         let events: Vec<message::WriteGuestFileRequest> = std::iter::once(Writing::Start(start))
             .chain(
-                data.chunks(64 << 10)
+                data.chunks(256 << 10)
                     .map(|piece| Writing::Data(piece.to_vec().into())),
             )
             .chain([Writing::End(End {})])

@@ -5,12 +5,12 @@ use std::time::Duration;
 use ghost_domain::ErrorCode;
 use ghost_domain::guest::{ExecRequest, FileWrite};
 use ghost_domain::ports::{ExecEvent, GuestLinks};
+use ghost_proto::guest::Flow;
 use ghost_proto::guest::v1::agent_message::Payload;
 use ghost_proto::guest::v1::{
     Done, Error as GuestError, FileAttributes, FileListResponse, FileReadResponse,
     FileWriteResponse, Stream, file_list_response, file_read_response, file_write_response,
 };
-use ghost_proto::guest::{INITIAL_WINDOW, MOST_STREAM_DATA};
 
 use super::fake::{data_of, eventually};
 use super::{collect, connected, links, links_with, served, within};
@@ -314,22 +314,22 @@ async fn a_file_is_written_within_the_window() {
         .send(id.clone(), Payload::FileWriteResponse(accepted))
         .await;
     let mut got = Vec::new();
-    let mut window = INITIAL_WINDOW;
+    let mut window = Flow::FILE.window;
     loop {
         let Some(Payload::StreamData(data)) = guest.receive().await.payload else {
             panic!("no data");
         };
-        assert!(data.data.len() <= MOST_STREAM_DATA);
+        assert!(data.data.len() <= Flow::FILE.most);
         window = window
             .checked_sub(data.data.len() as u64)
             .expect("the window is kept");
         got.extend_from_slice(&data.data);
         if window == 0 {
             // Only when nothing may come any more is it granted again: no sender waits for more.
-            window = INITIAL_WINDOW;
+            window = Flow::FILE.window;
             let update = ghost_proto::guest::v1::WindowUpdate {
                 stream: Stream::File.into(),
-                bytes: INITIAL_WINDOW,
+                bytes: Flow::FILE.window,
             };
             guest.send(id.clone(), Payload::WindowUpdate(update)).await;
         }
@@ -544,7 +544,7 @@ async fn sixty_four_readers_that_do_not_read_do_not_fill_the_host() {
     }
     eventually("some are ended", || links.status(vm).running_calls < 40).await;
     eventually("no more than fit are left", || {
-        u64::from(links.status(vm).running_calls) * INITIAL_WINDOW <= 6 << 20
+        u64::from(links.status(vm).running_calls) * Flow::STREAM.window <= 6 << 20
     })
     .await;
     let mut ended = 0;

@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytes::BytesMut;
+use ghost_proto::guest::Flow;
 use ghost_proto::guest::frame::{self, Decoder, Found};
 use ghost_proto::guest::v1::agent_message::Payload;
 use ghost_proto::guest::v1::{
     AgentMessage, AgentReady, ExecuteResponse, Pong, Stream, StreamData, WindowUpdate,
     execute_response,
 };
-use ghost_proto::guest::{INITIAL_WINDOW, MOST_STREAM_DATA};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 
@@ -225,9 +225,9 @@ impl Guest {
             }
             let mut done = Vec::new();
             for (id, program) in &mut programs {
-                while !program.output.is_empty() && program.sent < INITIAL_WINDOW {
-                    let window = usize::try_from(INITIAL_WINDOW - program.sent).unwrap();
-                    let count = program.output.len().min(window).min(MOST_STREAM_DATA);
+                while !program.output.is_empty() && program.sent < Flow::STREAM.window {
+                    let window = usize::try_from(Flow::STREAM.window - program.sent).unwrap();
+                    let count = program.output.len().min(window).min(Flow::STREAM.most);
                     let piece: Vec<u8> = program.output.drain(..count).collect();
                     program.sent += count as u64;
                     self.send(id.clone(), data_of(Stream::Stdout, &piece)).await;
