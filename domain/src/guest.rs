@@ -458,9 +458,9 @@ pub struct GuestDirectory {
 pub struct FileSum {
     /// Bytes.
     pub size: u64,
-    /// XXH3-128 of them, big endian. It tells of damage on the way, not of malice: both ends of
+    /// XXH64 (seed 0) of them, big endian. It tells of damage on the way, not of malice: both ends of
     /// the channel could lie anyway.
-    pub checksum: [u8; 16],
+    pub checksum: [u8; 8],
 }
 
 /// A file to write in a guest.
@@ -476,8 +476,8 @@ pub struct FileWrite {
     pub owner: Option<(u32, u32)>,
     /// When it was last changed; `None`: now.
     pub modified_at: Option<Timestamp>,
-    /// XXH3-128 of the whole, where it is known beforehand.
-    pub checksum: Option<[u8; 16]>,
+    /// XXH64 of the whole, where it is known beforehand.
+    pub checksum: Option<[u8; 8]>,
     /// Go on with what an earlier try left; needs the checksum.
     pub resume: bool,
     /// Make the directories above.

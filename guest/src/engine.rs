@@ -592,7 +592,9 @@ impl<'a> Engine<'a> {
                 self.permit_writing(Capability::Files)?;
                 self.permit(Capability::Links)?;
                 let roots = options.roots.clone();
-                Task::start(serial, mailbox, move |_| files::make_link(&roots, &request))
+                Task::start(serial, mailbox, flow, move |_| {
+                    files::make_link(&roots, &request)
+                })
             }
             Payload::Shutdown(request) => {
                 self.permit(Capability::Power)?;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
+use std::hash::Hasher as _;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
@@ -13,7 +14,7 @@ use ghost_proto::guest::v1::{
 };
 use rustix::fs::{Dir, FileType, OFlags};
 use rustix::io::Errno;
-use twox_hash::XxHash3_128;
+use twox_hash::XxHash64;
 
 use super::{Place, attributes, attributes_at, name_of};
 use crate::Failure;
@@ -49,7 +50,7 @@ pub(crate) fn read(
     }));
     // The kernel reads ahead twice as far.
     let _ = rustix::fs::fadvise(&file, request.offset, None, rustix::fs::Advice::Sequential);
-    let mut hash = XxHash3_128::new();
+    let mut hash = XxHash64::with_seed(0);
     let mut sent = 0u64;
     let mut offset = request.offset;
     loop {
@@ -84,7 +85,7 @@ pub(crate) fn read(
         event: Some(file_read_response::Event::Finished(
             file_read_response::Finished {
                 size_bytes: sent,
-                checksum: hash.finish_128().to_be_bytes().to_vec(),
+                checksum: hash.finish().to_be_bytes().to_vec(),
             },
         )),
     }))

@@ -5,6 +5,7 @@
 //! earlier one has left. Leftovers of more than a day are removed whenever something is written
 //! beside them. A symbolic link at the target's place is replaced, not followed.
 
+use std::hash::Hasher as _;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -18,7 +19,7 @@ use rustix::fs::{
     AtFlags, Dir, FileType, FlockOperation, Gid, Mode, OFlags, Timespec, Timestamps, Uid,
 };
 use rustix::io::Errno;
-use twox_hash::XxHash3_128;
+use twox_hash::{XxHash3_128, XxHash64};
 
 use super::{MOST_PATH, Place};
 use crate::Failure;
@@ -39,10 +40,10 @@ pub(crate) fn write(
     port: &mut Port,
 ) -> Result<Payload, Failure> {
     let attributes = request.attributes.clone().unwrap_or_default();
-    let checksum: Option<[u8; 16]> = match request.checksum.len() {
+    let checksum: Option<[u8; 8]> = match request.checksum.len() {
         0 => None,
-        16 => request.checksum.as_slice().try_into().ok(),
-        _ => return Err(Failure::invalid("a checksum has 16 bytes")),
+        8 => request.checksum.as_slice().try_into().ok(),
+        _ => return Err(Failure::invalid("a checksum has 8 bytes")),
     };
     if request.resume && checksum.is_none() {
         return Err(Failure::invalid("going on needs the checksum of the whole"));
@@ -144,7 +145,7 @@ struct Part {
     file: OwnedFd,
     name: String,
     size: u64,
-    hash: XxHash3_128,
+    hash: XxHash64,
 }
 
 impl Part {
@@ -152,7 +153,7 @@ impl Part {
         target: &Target,
         request: &FileWriteRequest,
         attributes: &FileAttributes,
-        checksum: Option<[u8; 16]>,
+        checksum: Option<[u8; 8]>,
     ) -> Result<Self, Failure> {
         sweep(&target.directory);
         let name = match checksum {
@@ -195,7 +196,7 @@ impl Part {
             file,
             name,
             size: 0,
-            hash: XxHash3_128::new(),
+            hash: XxHash64::with_seed(0),
         };
         let there = u64::try_from(stat.st_size).unwrap_or(0);
         if request.resume && there <= attributes.size_bytes {
@@ -253,9 +254,9 @@ impl Part {
     fn check(
         &mut self,
         attributes: &FileAttributes,
-        checksum: Option<[u8; 16]>,
-    ) -> Result<[u8; 16], Failure> {
-        let sum = self.hash.finish_128().to_be_bytes();
+        checksum: Option<[u8; 8]>,
+    ) -> Result<[u8; 8], Failure> {
+        let sum = self.hash.finish().to_be_bytes();
         if let Some(wanted) = checksum
             && (wanted != sum || self.size != attributes.size_bytes)
         {
@@ -348,7 +349,7 @@ fn group(gid: u32) -> Result<Gid, Failure> {
     Ok(Gid::from_raw(gid))
 }
 
-fn part_name(path: &str, size: u64, checksum: [u8; 16]) -> String {
+fn part_name(path: &str, size: u64, checksum: [u8; 8]) -> String {
     let mut hash = XxHash3_128::new();
     hash.write(path.as_bytes());
     hash.write(&size.to_be_bytes());

@@ -13,7 +13,7 @@ use ghost_proto::guest::v1::{
 };
 use ghost_proto::guest::{Flow, NEWEST_VERSION};
 use prost_types::Timestamp;
-use twox_hash::XxHash3_128;
+use twox_hash::XxHash64;
 
 use crate::host::{Host, Id, code, sh};
 
@@ -25,7 +25,7 @@ fn host(root: &Path) -> Host {
 }
 
 fn sum(bytes: &[u8]) -> Vec<u8> {
-    XxHash3_128::oneshot(bytes).to_be_bytes().to_vec()
+    XxHash64::oneshot(0, bytes).to_be_bytes().to_vec()
 }
 
 fn content(size: usize) -> Vec<u8> {

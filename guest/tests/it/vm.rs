@@ -14,7 +14,7 @@ use ghost_proto::guest::v1::{
     ExecuteRequest, FileAttributes, FileReadRequest, FileWriteRequest, Ping, ShutdownRequest,
     Stream, shutdown_request,
 };
-use twox_hash::XxHash3_128;
+use twox_hash::XxHash64;
 
 use crate::host::{Host, sh, until};
 
@@ -198,7 +198,7 @@ fn a_real_port_carries_it_all() {
             mode: 0o600,
             ..FileAttributes::default()
         }),
-        checksum: XxHash3_128::oneshot(&bytes).to_be_bytes().to_vec(),
+        checksum: XxHash64::oneshot(0, &bytes).to_be_bytes().to_vec(),
         ..FileWriteRequest::default()
     }));
     let mut credit = Flow::FILE.window;

@@ -1,6 +1,7 @@
 //! Files: looking, listing, reading, writing, and the program of an update.
 
 use std::fs::File;
+use std::hash::Hasher as _;
 use std::io::Read;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,7 +16,7 @@ use ghost_proto::guest::v1::{
     MakeDirectoryRequest, MakeLinkRequest, Stream, UpdateRequest, file_read_response,
     file_write_response,
 };
-use twox_hash::xxhash3_128::Hasher;
+use twox_hash::XxHash64;
 
 use super::call::{Call, CallHandle, Item, Kind, failure, nonsense};
 use super::clean;
@@ -175,7 +176,7 @@ pub(super) async fn read(
                 clean::file(&attributes),
                 Box::new(Reader {
                     call,
-                    hash: Hasher::new(),
+                    hash: XxHash64::with_seed(0),
                     size: 0,
                     most: length,
                     sum: None,
@@ -189,7 +190,7 @@ pub(super) async fn read(
 
 struct Reader {
     call: CallHandle,
-    hash: Hasher,
+    hash: XxHash64,
     size: u64,
     most: Option<u64>,
     sum: Option<FileSum>,
@@ -213,7 +214,7 @@ impl GuestFileReader for Reader {
             Item::Answer(payload) => match *payload {
                 Payload::FileReadResponse(response) => match response.event {
                     Some(file_read_response::Event::Finished(finished)) => {
-                        let checksum = self.hash.finish_128().to_be_bytes();
+                        let checksum = self.hash.finish().to_be_bytes();
                         if finished.size_bytes != self.size || finished.checksum != checksum {
                             return Err(mismatch("what came from the guest is not what it read"));
                         }
@@ -281,7 +282,7 @@ pub(super) async fn write(
                     call,
                     offset: accepted.offset,
                     sent: accepted.offset,
-                    hash: Hasher::new(),
+                    hash: XxHash64::with_seed(0),
                     expected,
                 }))
             }
@@ -296,9 +297,9 @@ struct Writer {
     offset: u64,
     sent: u64,
     /// Of what was sent.
-    hash: Hasher,
+    hash: XxHash64,
     /// Of the whole.
-    expected: Option<[u8; 16]>,
+    expected: Option<[u8; 8]>,
 }
 
 /// Why sending failed: what the guest said before, if it said something.
@@ -342,7 +343,7 @@ impl GuestFileWriter for Writer {
         // After a resume only the sender's sum of the whole says anything of all of it.
         let checksum = match self.expected {
             Some(expected) => expected,
-            None => self.hash.finish_128().to_be_bytes(),
+            None => self.hash.finish().to_be_bytes(),
         };
         if written.size_bytes != self.sent || written.checksum != checksum {
             return Err(mismatch("the guest holds other bytes than were sent"));

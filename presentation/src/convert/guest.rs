@@ -203,12 +203,10 @@ pub fn mode(given: u32) -> Result<u32> {
 pub fn file_write(start: message::WriteGuestFileStart) -> Result<FileWrite> {
     let checksum = match start.checksum.len() {
         0 => None,
-        _ => Some(
-            <[u8; 16]>::try_from(start.checksum.as_slice()).map_err(|_| {
-                Error::new(ErrorCode::InvalidArgument, "this is no XXH3-128 checksum")
-                    .field("checksum", "16 bytes, big endian")
-            })?,
-        ),
+        _ => Some(<[u8; 8]>::try_from(start.checksum.as_slice()).map_err(|_| {
+            Error::new(ErrorCode::InvalidArgument, "this is no XXH64 checksum")
+                .field("checksum", "8 bytes, big endian")
+        })?),
     };
     if start.resume && checksum.is_none() {
         return Err(Error::new(
@@ -566,19 +564,19 @@ mod tests {
         assert_eq!(file_write(start.clone()).unwrap().owner, None);
         let kept = message::WriteGuestFileStart {
             keep_owner: true,
-            checksum: vec![1; 16],
+            checksum: vec![1; 8],
             resume: true,
             ..start.clone()
         };
         let kept = file_write(kept).unwrap();
-        assert_eq!((kept.owner, kept.checksum), (Some((7, 8)), Some([1; 16])));
+        assert_eq!((kept.owner, kept.checksum), (Some((7, 8)), Some([1; 8])));
         let bad = [
             message::WriteGuestFileStart {
                 resume: true,
                 ..start.clone()
             },
             message::WriteGuestFileStart {
-                checksum: vec![1; 15],
+                checksum: vec![1; 16],
                 ..start.clone()
             },
             message::WriteGuestFileStart {

@@ -19,7 +19,7 @@ use ghost_domain::ports::{
 use ghost_domain::{Error, ErrorCode, Result, Timestamp, VmId};
 use tokio::sync::{broadcast, mpsc};
 use tokio_util::sync::CancellationToken;
-use twox_hash::XxHash3_128;
+use twox_hash::XxHash64;
 
 /// What a name of a file holds that would break a header or a terminal.
 pub(crate) const HOSTILE: &str = "a\r\nSet-Cookie: x=1\u{1b}[2J";
@@ -27,7 +27,7 @@ pub(crate) const HOSTILE: &str = "a\r\nSet-Cookie: x=1\u{1b}[2J";
 pub(crate) fn sum_of(data: &[u8]) -> FileSum {
     FileSum {
         size: data.len() as u64,
-        checksum: XxHash3_128::oneshot(data).to_be_bytes(),
+        checksum: XxHash64::oneshot(0, data).to_be_bytes(),
     }
 }
 

@@ -1654,7 +1654,7 @@ pub mod read_guest_file_response {
 pub struct GuestFileSum {
     #[prost(uint64, tag = "1")]
     pub size_bytes: u64,
-    /// XXH3-128, 16 bytes, big endian.
+    /// XXH64 with the seed 0, 8 bytes, big endian.
     #[prost(bytes = "vec", tag = "2")]
     pub checksum: ::prost::alloc::vec::Vec<u8>,
 }
@@ -1693,7 +1693,7 @@ pub struct WriteGuestFileStart {
     pub gid: u32,
     #[prost(bool, tag = "7")]
     pub keep_owner: bool,
-    /// XXH3-128 of the whole content; needed for `resume`.
+    /// XXH64 of the whole content; needed for `resume`.
     #[prost(bytes = "vec", tag = "8")]
     pub checksum: ::prost::alloc::vec::Vec<u8>,
     #[prost(bool, tag = "9")]

@@ -341,7 +341,7 @@ pub struct FileWriteRequest {
     pub attributes: ::core::option::Option<FileAttributes>,
     #[prost(bool, tag = "3")]
     pub keep_owner: bool,
-    /// XXH3-128 of the whole content, when the sender knows it beforehand; 16 bytes, big endian.
+    /// XXH64 (seed 0) of the whole content, when the sender knows it beforehand; 8 bytes, big endian.
     #[prost(bytes = "vec", tag = "4")]
     pub checksum: ::prost::alloc::vec::Vec<u8>,
     /// Go on with what an earlier try for the same path, size and checksum has left. Needs `checksum`.
@@ -371,7 +371,7 @@ pub mod file_write_response {
     pub struct Written {
         #[prost(uint64, tag = "1")]
         pub size_bytes: u64,
-        /// XXH3-128 of what was written, read along while writing.
+        /// XXH64 of what was written, read along while writing.
         #[prost(bytes = "vec", tag = "2")]
         pub checksum: ::prost::alloc::vec::Vec<u8>,
     }

@@ -23,7 +23,7 @@
 //! ```
 //!
 //! The CRC covers both lengths and the protobuf, a [`StreamData`] of `STREAM_FILE` without its data.
-//! Contents have a checksum of their own from end to end (XXH3-128, of an update SHA-256); a second
+//! Contents have a checksum of their own from end to end (XXH64, of an update SHA-256); a second
 //! one on the way found nothing more, and was half of what a copy costs an emulated guest. Nobody
 //! waits for contents whose announcement is wrong, and where they are cut short, because the sender
 //! died, the CRC does not follow them: then they are looked through like any garbage.

@@ -4,6 +4,7 @@
 //! A file is read in parts, each with a checksum of its own, so that all of what is kept over a
 //! break is known to be right.
 
+use std::hash::Hasher as _;
 use std::io::{self, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 
@@ -13,7 +14,7 @@ use ghost_proto::agent::v1::{
     GuestFile, GuestFileKind, ListGuestFilesRequest, ReadGuestFileRequest, StatGuestFileRequest,
 };
 use tokio::io::AsyncWriteExt as _;
-use twox_hash::XxHash3_128;
+use twox_hash::XxHash64;
 
 use super::local::{Attributes, Base, Partial};
 use super::place::{GuestPath, Name, check_name};
@@ -438,7 +439,7 @@ async fn fetch_part(
 /// The bytes of a file, or of a part of it, checked at their end.
 struct Parts {
     stream: tonic::Streaming<ghost_proto::agent::v1::ReadGuestFileResponse>,
-    hash: XxHash3_128,
+    hash: XxHash64,
     size: u64,
     most: u64,
     shown: String,
@@ -474,7 +475,7 @@ impl Parts {
         }
         Ok(Self {
             stream,
-            hash: XxHash3_128::new(),
+            hash: XxHash64::with_seed(0),
             size: 0,
             most: if length == 0 { u64::MAX } else { length },
             shown,
@@ -498,7 +499,7 @@ impl Parts {
                     }
                     Some(Event::Finished(sum)) => {
                         let right = sum.size_bytes == self.size
-                            && sum.checksum == self.hash.finish_128().to_be_bytes();
+                            && sum.checksum == self.hash.finish().to_be_bytes();
                         return if right {
                             Ok(None)
                         } else {

@@ -1,6 +1,7 @@
 //! Into a VM.
 
 use std::fs::{File, Metadata};
+use std::hash::Hasher as _;
 use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
@@ -17,7 +18,7 @@ use tokio::io::AsyncReadExt as _;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
-use twox_hash::XxHash3_128;
+use twox_hash::XxHash64;
 
 use super::place::GuestPath;
 use super::{
@@ -372,7 +373,7 @@ fn open(item: &Item) -> io::Result<File> {
 async fn sum(file: &mut File) -> io::Result<(u64, Vec<u8>)> {
     let mut file = file.try_clone()?;
     let summed = tokio::task::spawn_blocking(move || {
-        let mut hash = XxHash3_128::new();
+        let mut hash = XxHash64::with_seed(0);
         let mut buffer = vec![0; PIECE];
         let mut size = 0;
         file.seek(SeekFrom::Start(0))?;
@@ -384,7 +385,7 @@ async fn sum(file: &mut File) -> io::Result<(u64, Vec<u8>)> {
             hash.write(&buffer[..read]);
             size += read as u64;
         }
-        Ok((size, hash.finish_128().to_be_bytes().to_vec()))
+        Ok((size, hash.finish().to_be_bytes().to_vec()))
     });
     summed.await.map_err(io::Error::other)?
 }

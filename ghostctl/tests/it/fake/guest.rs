@@ -7,6 +7,7 @@
 //! - a login shell answers in capitals and tells the size of its terminal; `bye` ends it with 7.
 
 use std::collections::BTreeMap;
+use std::hash::Hasher as _;
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
@@ -21,7 +22,7 @@ use prost_types::Timestamp;
 use tempfile::TempDir;
 use tokio::sync::mpsc::Sender;
 use tonic::{Request, Response, Status, Streaming};
-use twox_hash::XxHash3_128;
+use twox_hash::XxHash64;
 
 use super::{Fake, Stream, error, id_of, moment, refuse, seconds, stream};
 
@@ -381,7 +382,7 @@ impl Fake {
                 .map_err(failed)?;
             let send = |event| sender.send(Ok(ReadGuestFileResponse { event: Some(event) }));
             let _ = send(Event::Opened(opened)).await;
-            let mut hash = XxHash3_128::new();
+            let mut hash = XxHash64::with_seed(0);
             let mut sent = 0;
             for piece in content.chunks(100_000) {
                 hash.write(piece);
@@ -396,7 +397,7 @@ impl Fake {
                 }
                 tokio::task::yield_now().await;
             }
-            let mut checksum = hash.finish_128().to_be_bytes();
+            let mut checksum = hash.finish().to_be_bytes();
             if request.path.contains("corrupt") {
                 checksum[0] ^= 1;
             }
@@ -474,9 +475,9 @@ impl Fake {
                 }
             }
         }
-        let mut hash = XxHash3_128::new();
+        let mut hash = XxHash64::with_seed(0);
         hash.write(&content);
-        let checksum = hash.finish_128().to_be_bytes().to_vec();
+        let checksum = hash.finish().to_be_bytes().to_vec();
         let same = start.checksum.is_empty() || start.checksum == checksum;
         if !same || content.len() as u64 != start.size_bytes {
             let _ = std::fs::remove_file(&partial);

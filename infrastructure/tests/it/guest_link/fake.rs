@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytes::BytesMut;
-use ghost_proto::guest::Flow;
 use ghost_proto::guest::frame::{self, Decoder, Found};
 use ghost_proto::guest::v1::agent_message::Payload;
 use ghost_proto::guest::v1::{
     AgentMessage, AgentReady, ExecuteResponse, Pong, Stream, StreamData, WindowUpdate,
     execute_response,
 };
+use ghost_proto::guest::{Flow, NEWEST_VERSION};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 
@@ -74,9 +74,9 @@ pub(super) struct Guest {
 impl Guest {
     pub(super) fn ready(&self) -> AgentReady {
         AgentReady {
-            protocol_version: 1,
+            protocol_version: NEWEST_VERSION,
             oldest_version: 1,
-            newest_version: 1,
+            newest_version: NEWEST_VERSION,
             agent_version: self.version.clone(),
             capabilities: [
                 "exec",

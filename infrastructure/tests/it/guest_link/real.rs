@@ -87,7 +87,7 @@ fn file(path: String, content: &[u8]) -> FileWrite {
         mode: 0o640,
         owner: None,
         modified_at: None,
-        checksum: Some(twox_hash::xxhash3_128::Hasher::oneshot(content).to_be_bytes()),
+        checksum: Some(twox_hash::XxHash64::oneshot(0, content).to_be_bytes()),
         resume: true,
         make_parents: true,
         no_replace: false,

@@ -31,7 +31,7 @@ use crate::convert;
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Most bytes of an upload that are passed on in one piece.
 const PIECE: usize = 256 * 1024;
-/// XXH3-128 of the content, as hexadecimal digits; with a download a trailer.
+/// XXH64 of the content, as hexadecimal digits; with a download a trailer.
 const CHECKSUM: HeaderName = HeaderName::from_static("x-ghost-checksum");
 
 /// What a directory holds.
@@ -48,7 +48,7 @@ pub(in crate::http) struct GuestDirectory {
 pub(in crate::http) struct GuestFileSum {
     /// The size.
     size_bytes: u64,
-    /// XXH3-128 of the content, as hexadecimal digits.
+    /// XXH64 of the content, as hexadecimal digits.
     checksum: String,
     /// So much the guest had already, from an earlier try.
     resumed_bytes: u64,
@@ -290,11 +290,11 @@ impl<S: Stream<Item = Result<Frame<Data>>>> http_body::Body for Framed<S> {
 /// Write a file in a guest
 ///
 /// The body is the file, its `Content-Length` is needed. It appears under its name once it is
-/// whole, synced and checked; until then what was there stays. With `X-Ghost-Checksum` (XXH3-128,
+/// whole, synced and checked; until then what was there stays. With `X-Ghost-Checksum` (XXH64,
 /// 32 hexadecimal digits) the guest checks what it got against that.
 #[utoipa::path(put, path = "/v1/vms/{vm}/files", tag = "guests",
     params(WriteQuery, ("vm" = String, Path, description = "A name, a full id or a unique prefix of an id"),
-        ("X-Ghost-Checksum" = Option<String>, Header, description = "XXH3-128 of the body, hexadecimal")),
+        ("X-Ghost-Checksum" = Option<String>, Header, description = "XXH64 of the body, hexadecimal")),
     request_body(content_type = "application/octet-stream", content = String),
     security(("bearer" = []), ("key" = [])),
     responses((status = 200, body = GuestFileSum), (status = "default", body = Problem)))]
@@ -317,8 +317,8 @@ pub(in crate::http) async fn write_file(
     let checksum = match one(&headers, CHECKSUM.as_str())? {
         None => Vec::new(),
         Some(text) => hex::decode(text).map_err(|_| {
-            Error::new(ErrorCode::InvalidArgument, "this is no XXH3-128 checksum")
-                .field("X-Ghost-Checksum", "32 hexadecimal digits")
+            Error::new(ErrorCode::InvalidArgument, "this is no XXH64 checksum")
+                .field("X-Ghost-Checksum", "16 hexadecimal digits")
         })?,
     };
     let file = convert::file_write(query.start(size, checksum)?)?;
