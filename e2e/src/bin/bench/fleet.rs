@@ -45,6 +45,8 @@ const LOOK: Duration = Duration::from_secs(8);
 const SETTLE: Duration = Duration::from_secs(35);
 /// A whole number of heartbeats.
 const WINDOW: Duration = Duration::from_secs(60);
+/// More than the list of all VMs.
+const WINDOW_BYTES: u32 = 16 << 20;
 /// Longer than any wait that ends well.
 const PATIENCE: Duration = Duration::from_secs(240);
 
@@ -191,7 +193,10 @@ fn person(
         ));
     let endpoint = Endpoint::from_shared(endpoint.to_owned())?
         .tls_config(tls)?
-        .tcp_nodelay(true);
+        .tcp_nodelay(true)
+        // As much as the largest answer, so that who sends it waits for no reader.
+        .initial_stream_window_size(Some(WINDOW_BYTES))
+        .initial_connection_window_size(Some(4 * WINDOW_BYTES));
     Ok(runtime.block_on(endpoint.connect())?)
 }
 
