@@ -291,7 +291,7 @@ impl<S: Stream<Item = Result<Frame<Data>>>> http_body::Body for Framed<S> {
 ///
 /// The body is the file, its `Content-Length` is needed. It appears under its name once it is
 /// whole, synced and checked; until then what was there stays. With `X-Ghost-Checksum` (XXH64,
-/// 32 hexadecimal digits) the guest checks what it got against that.
+/// 16 hexadecimal digits) the guest checks what it got against that.
 #[utoipa::path(put, path = "/v1/vms/{vm}/files", tag = "guests",
     params(WriteQuery, ("vm" = String, Path, description = "A name, a full id or a unique prefix of an id"),
         ("X-Ghost-Checksum" = Option<String>, Header, description = "XXH64 of the body, hexadecimal")),
