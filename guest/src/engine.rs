@@ -33,9 +33,6 @@ use crate::{Capability, Channel, Failure, Options, files};
 pub const MOST_CALLS: usize = 64;
 /// Both sides understand what the two versions before theirs said (N-2).
 const _: () = assert!(NEWEST_VERSION <= OLDEST_VERSION + 2);
-/// A quick program's start, output and end go out in one piece: an answer that says no more than
-/// "it runs" waits so long for the next. Every write costs the guest an exit to the hypervisor.
-const TOGETHER: Duration = Duration::from_millis(2);
 /// How often a port without a host is looked at, besides its edges.
 const PORT_LOOK: Duration = Duration::from_secs(1);
 /// Room for one read. The port gives a page at a time, a socket as much as there is.
@@ -109,7 +106,6 @@ struct Engine<'a> {
     writable: bool,
     /// A host is attached to the port.
     attached: bool,
-    hold_until: Option<Instant>,
     leaving: Option<(u32, End)>,
     /// The mailbox has something.
     mail: bool,
@@ -162,7 +158,6 @@ impl<'a> Engine<'a> {
             readable: true,
             writable: true,
             attached: !channel.is_port(),
-            hold_until: None,
             leaving: None,
             mail: false,
             dropped: 0,
@@ -268,9 +263,6 @@ impl<'a> Engine<'a> {
         }
         if !self.dying.is_empty() {
             sooner(now + Duration::from_millis(50));
-        }
-        if let Some(at) = self.hold_until {
-            sooner(at);
         }
         if let Some((at, _)) = self.power {
             sooner(at);
@@ -479,7 +471,6 @@ impl<'a> Engine<'a> {
         self.outbox.clear();
         self.session = None;
         self.allowed.clear();
-        self.hold_until = None;
         self.reporter.every(None);
     }
 
@@ -728,7 +719,6 @@ impl<'a> Engine<'a> {
     /// Sends the last answer of a call and forgets it.
     fn finish(&mut self, serial: u32, id: CallId, payload: Payload) {
         self.outbox.push_final(serial, id, payload);
-        self.hold_until = None;
         self.serials.remove(&id);
         if let Some(running) = self.calls.remove(&serial) {
             match running.call {
@@ -799,8 +789,6 @@ impl<'a> Engine<'a> {
     fn turn(&mut self) -> bool {
         let mut again = false;
         let mut over = Vec::new();
-        let quiet = self.outbox.is_empty();
-        let mut only_started = true;
         for (serial, running) in &mut self.calls {
             let Call::Exec(exec) = &mut running.call else {
                 continue;
@@ -808,7 +796,6 @@ impl<'a> Engine<'a> {
             let turn = exec.turn(&mut self.scratch, self.outbox.waiting(*serial));
             again |= turn.again;
             for payload in turn.messages {
-                only_started &= matches!(payload, Payload::ExecuteResponse(_));
                 self.outbox.push(*serial, running.id, payload);
             }
             if let Some(last) = turn.last {
@@ -818,11 +805,6 @@ impl<'a> Engine<'a> {
         let finished = !over.is_empty();
         for (serial, id, last) in over {
             self.finish(serial, id, last);
-        }
-        if finished || !only_started {
-            self.hold_until = None;
-        } else if quiet && !self.outbox.is_empty() && self.hold_until.is_none() {
-            self.hold_until = Some(Instant::now() + TOGETHER);
         }
         self.dying.retain_mut(|dying| !dying.is_gone());
         if self.options.adopt_orphans && finished {
@@ -885,12 +867,6 @@ impl<'a> Engine<'a> {
     fn write(&mut self) -> io::Result<bool> {
         if !self.attached {
             return Ok(true);
-        }
-        if let Some(until) = self.hold_until {
-            if until > Instant::now() {
-                return Ok(true);
-            }
-            self.hold_until = None;
         }
         let session = self.session.map(Vec::from).unwrap_or_default();
         while self.writable {

@@ -6,7 +6,12 @@
 mod keys;
 mod password;
 
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rustix::fs::{AtFlags, CWD, StatxFlags};
 
 use crate::Failure;
 use crate::util::read_bounded;
@@ -76,17 +81,46 @@ pub struct Identity {
     pub groups: Vec<u32>,
 }
 
+/// A file as it was when it was read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stamp {
+    device: (u32, u32),
+    inode: u64,
+    size: u64,
+    modified: (i64, u32),
+    changed: (i64, u32),
+}
+
+/// Who was asked for, by name or number, as what group, and who that is.
+type Found = HashMap<(String, String), Identity>;
+
+/// What was found in `passwd` and `group`, as long as neither changes.
+#[derive(Clone, Debug)]
+struct Known {
+    stamps: [Stamp; 2],
+    found: Found,
+}
+
 /// The account files of a guest.
 #[derive(Clone, Debug)]
 pub struct Accounts {
     etc: PathBuf,
+    /// To read and parse both files for every program takes under emulation a tenth of its start.
+    known: RefCell<Option<Known>>,
 }
+
+/// The clock of file systems moves in steps of up to 10 ms, so a file that changed a moment ago may
+/// change again and look the same.
+const SETTLED: Duration = Duration::from_secs(2);
+/// Identities that are kept.
+const MOST_KNOWN: usize = 64;
 
 impl Accounts {
     /// Those under `<sysroot>/etc`.
     pub fn new(sysroot: &Path) -> Self {
         Self {
             etc: sysroot.join("etc"),
+            known: RefCell::new(None),
         }
     }
 
@@ -164,6 +198,52 @@ impl Accounts {
     /// # Errors
     /// `not_found`.
     pub fn identity(&self, user: &str, group: &str) -> Result<Identity, Failure> {
+        // Before they are read: what changes in between is seen the next time.
+        let stamps = self.stamps();
+        let asked = (user.to_owned(), group.to_owned());
+        let mut known = self.known.borrow_mut();
+        known.take_if(|known| Some(known.stamps) != stamps);
+        if let Some(identity) = known.as_ref().and_then(|known| known.found.get(&asked)) {
+            return Ok(identity.clone());
+        }
+        let identity = self.look_up(user, group)?;
+        if let Some(stamps) = stamps {
+            let known = known.get_or_insert_with(|| Known {
+                stamps,
+                found: Found::new(),
+            });
+            if known.found.len() >= MOST_KNOWN {
+                known.found.clear();
+            }
+            known.found.insert(asked, identity.clone());
+        }
+        Ok(identity)
+    }
+
+    /// Both files as they are, where they have been so for a while.
+    fn stamps(&self) -> Option<[Stamp; 2]> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?;
+        let settled = i64::try_from(now.checked_sub(SETTLED)?.as_secs()).ok()?;
+        let stamp = |name| {
+            let status = rustix::fs::statx(
+                CWD,
+                self.etc.join(name),
+                AtFlags::empty(),
+                StatxFlags::BASIC_STATS,
+            )
+            .ok()?;
+            (status.stx_ctime.tv_sec < settled).then_some(Stamp {
+                device: (status.stx_dev_major, status.stx_dev_minor),
+                inode: status.stx_ino,
+                size: status.stx_size,
+                modified: (status.stx_mtime.tv_sec, status.stx_mtime.tv_nsec),
+                changed: (status.stx_ctime.tv_sec, status.stx_ctime.tv_nsec),
+            })
+        };
+        Some([stamp("passwd")?, stamp("group")?])
+    }
+
+    fn look_up(&self, user: &str, group: &str) -> Result<Identity, Failure> {
         let user = self.user(user)?;
         let gid = if group.is_empty() {
             user.gid
@@ -222,6 +302,31 @@ mod tests {
         assert_eq!(accounts.user("4711").unwrap().gid, 4711);
         assert_eq!(accounts.user("nobody").unwrap_err().code, "not_found");
         assert_eq!(accounts.user("4294967295").unwrap_err().code, "not_found");
+    }
+
+    #[test]
+    fn what_was_found_is_kept_until_a_file_changes() {
+        let (root, accounts) = accounts();
+        let passwd = root.path().join("etc/passwd");
+        let shell = |accounts: &Accounts| accounts.identity("ada", "").unwrap().user.shell;
+        assert_eq!(shell(&accounts), "/bin/sh");
+        assert!(accounts.known.borrow().is_none(), "they have just changed");
+        // As seen from three seconds later.
+        let deadline = std::time::Instant::now() + Duration::from_secs(30);
+        while accounts.known.borrow().is_none() {
+            assert!(std::time::Instant::now() < deadline, "never kept");
+            std::thread::sleep(Duration::from_millis(50));
+            assert_eq!(shell(&accounts), "/bin/sh");
+        }
+        // In place, with the same length.
+        let text = std::fs::read_to_string(&passwd).unwrap();
+        std::fs::write(&passwd, text.replace("Ada,,,", "Ada...")).unwrap();
+        let text = std::fs::read_to_string(&passwd).unwrap();
+        std::fs::write(&passwd, text.replace("/home/ada:", "/home/ada:/bin/zsh")).unwrap();
+        assert_eq!(shell(&accounts), "/bin/zsh");
+        assert!(accounts.known.borrow().is_none());
+        std::fs::remove_file(&passwd).unwrap();
+        assert_eq!(accounts.identity("ada", "").unwrap_err().code, "not_found");
     }
 
     #[test]

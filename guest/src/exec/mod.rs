@@ -36,6 +36,10 @@ const MOST_WAITING: usize = 128 * 1024;
 const GRACE: Duration = Duration::from_millis(300);
 /// A process that survives SIGKILL for so long hangs in the kernel.
 const UNKILLABLE: Duration = Duration::from_secs(10);
+/// That a program runs is said with the first that comes of it, or after so long. Most programs are
+/// over by then, and their start, output and end go out in one piece: to wake up for each, and to
+/// write to the channel each time, costs under emulation as much as the program.
+const TOGETHER: Duration = Duration::from_millis(20);
 
 /// What of an execution an event is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,6 +98,8 @@ pub(crate) struct Exec {
     /// Whether it has to be looked whether the program runs by now, and whether it has ended.
     look_started: bool,
     look_exited: bool,
+    /// When to look whether it runs, where nothing that it does has shown it before.
+    look_at: Option<Instant>,
     input: Option<Input>,
     /// What the host may still send of stdin, and what of it was consumed without a grant.
     credit: u64,
@@ -220,6 +226,8 @@ impl Exec {
             mark,
             look_started: false,
             look_exited: false,
+            // Whoever has something for it waits to hear that it runs.
+            look_at: (!request.stdin && master.is_none()).then(|| Instant::now() + TOGETHER),
             input,
             credit: Flow::STREAM.window,
             ungranted: 0,
@@ -240,7 +248,9 @@ impl Exec {
     /// What to watch, and whether for writing too.
     pub(crate) fn sources(&self) -> Vec<(Source, BorrowedFd<'_>)> {
         let mut list = Vec::with_capacity(5);
-        if let Some(fd) = self.child.starting() {
+        if self.look_at.is_none()
+            && let Some(fd) = self.child.starting()
+        {
             list.push((Source::Started, fd));
         }
         if let Some(fd) = self.child.pidfd() {
@@ -315,7 +325,8 @@ impl Exec {
             Killed::No if self.exit.is_none() => self.deadline,
             _ => None,
         };
-        [drained, deadline, self.given_up_at]
+        let look = self.look_at.filter(|_| self.child.starting().is_some());
+        [drained, deadline, self.given_up_at, look]
             .into_iter()
             .flatten()
             .min()
@@ -416,11 +427,19 @@ impl Exec {
         let now = Instant::now();
         // Not asked in vain: under emulation every system call counts.
         let polling = self.needs_polling();
-        let outcome = if std::mem::take(&mut self.look_started) || self.look_exited || polling {
-            self.child.outcome()
-        } else {
-            None
-        };
+        let look = std::mem::take(&mut self.look_started)
+            || self.look_exited
+            || polling
+            || self.look_at.is_some_and(|at| at <= now)
+            // Nobody but the program writes into its pipes.
+            || self.outputs.iter().any(|output| output.readable);
+        let outcome = if look { self.child.outcome() } else { None };
+        if outcome.is_none() {
+            // A file system that hangs: looked at again, as seldom as before.
+            self.look_at = self
+                .look_at
+                .map(|at| if at <= now { now + TOGETHER } else { at });
+        }
         match outcome {
             None => {}
             Some(Ok(())) => {
@@ -596,8 +615,9 @@ impl Exec {
                     }));
                 }
                 // A pipe that gave less than asked for is empty; epoll(7) says as much. A terminal
-                // gives a line at a time.
-                if read < most && !output.terminal && !output.hung_up {
+                // gives a line at a time. Behind the last bytes of a program that has ended is the
+                // end, which is part of the same answer.
+                if read < most && !output.terminal && !output.hung_up && self.exit.is_none() {
                     output.readable = false;
                     output.owed = 0;
                     break;

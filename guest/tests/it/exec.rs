@@ -6,6 +6,7 @@ use std::time::Duration;
 use ghost_guest::Options;
 use ghost_proto::guest::Flow;
 use ghost_proto::guest::v1::agent_message::Payload;
+use ghost_proto::guest::v1::execute_response::Event;
 use ghost_proto::guest::v1::{Cancel, ExecuteRequest, Resize, Signal, Stream, Terminal};
 
 use crate::host::{Host, code, sh, until};
@@ -195,6 +196,38 @@ fn cancel_ends_a_program_that_ignores_signals() {
     host.send(&id, Payload::Cancel(Cancel {}));
     let output = host.output(&id);
     assert!(output.exited.cancelled && !output.exited.timed_out);
+}
+
+/// Its start is said with the first that comes of it; of this one nothing ever does.
+#[test]
+fn a_silent_program_is_said_to_run() {
+    let mut host = host();
+    for stdin in [false, true] {
+        let mut request = sh("exec sleep 1000");
+        request.stdin = stdin;
+        let id = host.call(Payload::Execute(request));
+        match host.next(&id) {
+            Payload::ExecuteResponse(response) => {
+                assert!(matches!(response.event, Some(Event::Started(_))));
+            }
+            other => panic!("{other:?}"),
+        }
+        host.send(&id, Payload::Cancel(Cancel {}));
+        assert!(host.output(&id).exited.cancelled);
+    }
+}
+
+/// With nothing held open behind it, the end of its output is no reason to wait.
+#[test]
+fn the_last_words_of_a_program_and_its_end_are_one_answer() {
+    let mut host = host();
+    let output = host.run(sh("exec printf over"));
+    assert!(output.started);
+    assert_eq!((output.text().as_str(), output.exited.code), ("over", 0));
+    // Who leaves its streams early is not over with them.
+    let output = host.run(sh("exec >&- 2>&-; sleep 0.2; exit 4"));
+    assert!(output.started);
+    assert_eq!((output.text().as_str(), output.exited.code), ("", 4));
 }
 
 #[test]
