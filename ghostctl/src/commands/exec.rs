@@ -63,12 +63,12 @@ pub(super) async fn exec(args: ExecArgs, session: &Session) -> Result<Exit, Fail
             .because("a terminal is for a person")
             .hint("leave out --tty, or -o"));
     }
-    let at_terminal = std::io::stdin().is_terminal();
+    let at_hand = !std::io::stdin().is_terminal() && !stdin_is_null();
     let mut command = args.command.into_iter();
     let start = ExecStart {
         program: command.next().unwrap_or_default(),
         arguments: command.collect(),
-        stdin: !args.no_stdin && (args.tty || args.stdin || !at_terminal),
+        stdin: !args.no_stdin && (args.tty || args.stdin || at_hand),
         terminal: args.tty.then(terminal_here),
         timeout: args.timeout.map(wire),
         max_output_bytes: args
@@ -77,6 +77,14 @@ pub(super) async fn exec(args: ExecArgs, session: &Session) -> Result<Exit, Fail
         ..surroundings(args.name, args.surroundings)?
     };
     run(start, args.timeout, capture, session).await
+}
+
+/// Whether stdin is the null device, as under cron: the command finds its own at the end then, and no
+/// message has to say so.
+fn stdin_is_null() -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    let device = |path| std::fs::metadata(path).map(|meta| (meta.mode(), meta.rdev()));
+    matches!((device("/dev/stdin"), device("/dev/null")), (Ok(ours), Ok(null)) if ours == null)
 }
 
 pub(super) async fn shell(args: ShellArgs, session: &Session) -> Result<Exit, Failure> {

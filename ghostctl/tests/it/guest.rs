@@ -88,6 +88,17 @@ fn flags_of_exec_become_the_request() {
 }
 
 #[test]
+fn a_null_stdin_is_not_handed_on_unless_asked_for() {
+    let person = Person::new();
+    for line in ["exec web-1 -- echo a", "exec web-1 -i -- cat"] {
+        person.run(person.ghostctl(&words(line)).stdin(Stdio::null()));
+    }
+    let requests = person.agent.requests();
+    assert!(requests[0].contains("stdin: false"), "{}", requests[0]);
+    assert!(requests[1].contains("stdin: true"), "{}", requests[1]);
+}
+
+#[test]
 fn stdin_is_handed_on_to_its_end() {
     let person = Person::new();
     let mut child = person
