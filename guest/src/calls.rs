@@ -6,17 +6,21 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use ghost_proto::guest;
+use ghost_proto::guest::frame::Envelope;
 use ghost_proto::guest::v1::agent_message::Payload;
 use ghost_proto::guest::v1::{self, Stream, StreamData, Telemetry, WindowUpdate};
 use rustix::event::EventfdFlags;
 
 use crate::Failure;
 use crate::engine::End;
+use crate::outbox::CallId;
 
 /// What other threads tell the loop.
 pub(crate) enum Mail {
     /// An answer that is not the last.
     Message(u32, Payload),
+    /// A frame with contents of a file for a call.
+    Frame(u32, Bytes),
     /// The last answer of a call.
     Final(u32, Payload),
     /// All that an execution has started is dead.
@@ -85,25 +89,33 @@ struct Shared {
     wake: Condvar,
 }
 
+/// What the contents of a call's file go by.
+#[derive(Clone, Copy)]
+pub(crate) struct Rules {
+    pub(crate) flow: guest::Flow,
+    /// The ids of session and call, where the host knows bulk frames.
+    pub(crate) bulk: Option<([u8; 16], CallId)>,
+}
+
 /// The loop's side of a call in a thread.
 pub(crate) struct Task {
     shared: Arc<Shared>,
-    rules: guest::Flow,
+    flow: guest::Flow,
 }
 
 impl Task {
-    /// Starts a thread for a call, whose contents of a file flow by these rules.
+    /// Starts a thread for a call.
     pub(crate) fn start(
         serial: u32,
         mailbox: Mailbox,
-        rules: guest::Flow,
+        rules: Rules,
         work: impl FnOnce(&mut Port) -> Result<Payload, Failure> + Send + 'static,
     ) -> Result<Self, Failure> {
         let shared = Arc::new(Shared::default());
         {
             let mut flow = lock(&shared.flow);
-            flow.credit = rules.window;
-            flow.window = rules.window;
+            flow.credit = rules.flow.window;
+            flow.window = rules.flow.window;
         }
         let mut port = Port {
             serial,
@@ -125,7 +137,10 @@ impl Task {
                 port.mailbox.put(Mail::Final(port.serial, payload));
             })
             .map_err(|error| Failure::io("a thread for the call", &error))?;
-        Ok(Self { shared, rules })
+        Ok(Self {
+            shared,
+            flow: rules.flow,
+        })
     }
 
     /// Takes bytes of the host.
@@ -150,7 +165,7 @@ impl Task {
     pub(crate) fn grant(&self, bytes: u64) {
         let mut flow = lock(&self.shared.flow);
         // A host that grants the world gets no more than a few windows at once of our memory.
-        flow.window = flow.window.saturating_add(bytes).min(4 * self.rules.window);
+        flow.window = flow.window.saturating_add(bytes).min(4 * self.flow.window);
         self.shared.wake.notify_all();
     }
 
@@ -171,7 +186,7 @@ pub(crate) struct Port {
     serial: u32,
     mailbox: Mailbox,
     shared: Arc<Shared>,
-    rules: guest::Flow,
+    rules: Rules,
     ungranted: u64,
 }
 
@@ -209,7 +224,7 @@ impl Port {
     /// So much of what was received is done with.
     pub(crate) fn consumed(&mut self, bytes: u64) {
         self.ungranted += bytes;
-        if self.ungranted >= self.rules.grant {
+        if self.ungranted >= self.rules.flow.grant {
             {
                 let mut flow = lock(&self.shared.flow);
                 flow.credit = flow.credit.saturating_add(self.ungranted);
@@ -222,17 +237,18 @@ impl Port {
         }
     }
 
-    /// Waits until something may be sent; says how much, at most a frame's worth.
+    /// Waits until a whole frame may be sent; says how much it may hold.
     pub(crate) fn room(&self) -> Result<usize, Failure> {
+        let most = self.rules.flow.most;
         let mut flow = lock(&self.shared.flow);
         loop {
             if flow.cancelled {
                 return Err(cancelled());
             }
-            if flow.window > 0 {
-                return Ok(usize::try_from(flow.window)
-                    .unwrap_or(usize::MAX)
-                    .min(self.rules.most));
+            // What is left of a window goes into no small frame of its own: the host grants before
+            // less than a frame is left of what it has not granted (see `guest::Flow`).
+            if flow.window >= most as u64 {
+                return Ok(most);
             }
             flow = self
                 .shared
@@ -242,17 +258,35 @@ impl Port {
         }
     }
 
+    /// Where the host knows bulk frames, one to be filled, of at most so many bytes.
+    pub(crate) fn envelope(&self, size: usize) -> Option<Envelope> {
+        let (session, id) = self.rules.bulk?;
+        Envelope::new(&id, &session, size).ok()
+    }
+
+    /// Sends what was put in an envelope, at most what [`Port::room`] allowed.
+    pub(crate) fn send_envelope(&self, envelope: Envelope) -> Result<(), Failure> {
+        self.used(envelope.written().len());
+        let frame = envelope
+            .seal()
+            .map_err(|error| Failure::new("internal", error.to_string()))?;
+        self.mailbox.put(Mail::Frame(self.serial, frame));
+        Ok(())
+    }
+
     /// Sends bytes that [`Port::room`] allowed.
     pub(crate) fn send_data(&self, data: Bytes, end: bool) {
-        {
-            let mut flow = lock(&self.shared.flow);
-            flow.window = flow.window.saturating_sub(data.len() as u64);
-        }
+        self.used(data.len());
         self.send(Payload::StreamData(StreamData {
             stream: Stream::File.into(),
             data,
             end,
         }));
+    }
+
+    fn used(&self, bytes: usize) {
+        let mut flow = lock(&self.shared.flow);
+        flow.window = flow.window.saturating_sub(bytes as u64);
     }
 
     pub(crate) fn is_cancelled(&self) -> bool {

@@ -19,11 +19,11 @@ use rustix::event::{Timespec, epoll};
 use rustix::io::Errno;
 
 use crate::accounts::Accounts;
-use crate::calls::{Mail, Mailbox, Task, done};
+use crate::calls::{Mail, Mailbox, Rules, Task, done};
 use crate::exec::{Dying, Exec, Source};
 use crate::freeze::Freezer;
 use crate::log::say;
-use crate::outbox::{CallId, Outbox};
+use crate::outbox::{CallId, Outbox, Parcel};
 use crate::power::PowerMode;
 use crate::telemetry::Reporter;
 use crate::util::{clip, duration, random, read_bounded};
@@ -92,6 +92,8 @@ struct Engine<'a> {
     session: Option<[u8; 16]>,
     /// How contents of files flow in this session.
     flow: Flow,
+    /// Its host knows bulk frames.
+    bulk: bool,
     allowed: Vec<Capability>,
     calls: BTreeMap<u32, Running>,
     serials: HashMap<CallId, u32>,
@@ -144,6 +146,7 @@ impl<'a> Engine<'a> {
             offered,
             session: None,
             flow: Flow::STREAM,
+            bulk: false,
             allowed: Vec::new(),
             calls: BTreeMap::new(),
             serials: HashMap::new(),
@@ -442,8 +445,7 @@ impl<'a> Engine<'a> {
         }
         self.session = Some(session);
         self.flow = Flow::of(Stream::File, version.unwrap_or(0));
-        self.outbox
-            .speak_bulk(version.is_some_and(|version| version >= frame::BULK_VERSION));
+        self.bulk = version.is_some_and(|version| version >= frame::BULK_VERSION);
         self.outbox.control(Vec::new(), Payload::AgentReady(ready));
         let interval = hello
             .telemetry_interval
@@ -533,7 +535,14 @@ impl<'a> Engine<'a> {
         payload: Payload,
     ) -> Result<Option<Call>, Failure> {
         let options = self.options;
-        let (mailbox, flow) = (self.mailbox.clone(), self.flow);
+        let mailbox = self.mailbox.clone();
+        let rules = Rules {
+            flow: self.flow,
+            bulk: self
+                .session
+                .filter(|_| self.bulk)
+                .map(|session| (session, id)),
+        };
         let task = match payload {
             Payload::Execute(request) => {
                 self.permit_writing(Capability::Exec)?;
@@ -547,35 +556,35 @@ impl<'a> Engine<'a> {
             Payload::FileWrite(request) => {
                 self.permit_writing(Capability::Files)?;
                 let roots = options.roots.clone();
-                Task::start(serial, mailbox, flow, move |port| {
+                Task::start(serial, mailbox, rules, move |port| {
                     files::write(&roots, request, port)
                 })
             }
             Payload::FileRead(request) => {
                 self.permit(Capability::Files)?;
                 let roots = options.roots.clone();
-                Task::start(serial, mailbox, flow, move |port| {
+                Task::start(serial, mailbox, rules, move |port| {
                     files::read(&roots, &request, port)
                 })
             }
             Payload::FileStat(request) => {
                 self.permit(Capability::Files)?;
                 let roots = options.roots.clone();
-                Task::start(serial, mailbox, flow, move |_| {
+                Task::start(serial, mailbox, rules, move |_| {
                     files::stat(&roots, &request)
                 })
             }
             Payload::FileList(request) => {
                 self.permit(Capability::Files)?;
                 let roots = options.roots.clone();
-                Task::start(serial, mailbox, flow, move |port| {
+                Task::start(serial, mailbox, rules, move |port| {
                     files::list(&roots, &request, port)
                 })
             }
             Payload::MakeDirectory(request) => {
                 self.permit_writing(Capability::Files)?;
                 let roots = options.roots.clone();
-                Task::start(serial, mailbox, flow, move |_| {
+                Task::start(serial, mailbox, rules, move |_| {
                     files::make_directory(&roots, &request)
                 })
             }
@@ -583,7 +592,7 @@ impl<'a> Engine<'a> {
                 self.permit_writing(Capability::Files)?;
                 self.permit(Capability::Links)?;
                 let roots = options.roots.clone();
-                Task::start(serial, mailbox, flow, move |_| {
+                Task::start(serial, mailbox, rules, move |_| {
                     files::make_link(&roots, &request)
                 })
             }
@@ -610,40 +619,40 @@ impl<'a> Engine<'a> {
             Payload::SetPassword(request) => {
                 self.permit_writing(Capability::Password)?;
                 let sysroot = options.sysroot.clone();
-                Task::start(serial, mailbox, flow, move |_| {
+                Task::start(serial, mailbox, rules, move |_| {
                     crate::accounts::set_password(&sysroot, &request).map(|()| done())
                 })
             }
             Payload::SshKeys(request) => {
                 self.permit_writing(Capability::SshKeys)?;
                 let sysroot = options.sysroot.clone();
-                Task::start(serial, mailbox, flow, move |_| {
+                Task::start(serial, mailbox, rules, move |_| {
                     crate::accounts::change_keys(&sysroot, &request).map(|()| done())
                 })
             }
             Payload::SetClock(request) => {
                 self.permit(Capability::Clock)?;
                 let system = Arc::clone(&options.system);
-                Task::start(serial, mailbox, flow, move |_| {
+                Task::start(serial, mailbox, rules, move |_| {
                     crate::clock::set(system.as_ref(), &request).map(|()| done())
                 })
             }
             Payload::Freeze(request) => {
                 self.permit(Capability::Freeze)?;
                 let freezer = Arc::clone(&self.freezer);
-                Task::start(serial, mailbox, flow, move |_| freezer.freeze(&request))
+                Task::start(serial, mailbox, rules, move |_| freezer.freeze(&request))
             }
             Payload::Thaw(_) => {
                 self.permit(Capability::Freeze)?;
                 let freezer = Arc::clone(&self.freezer);
-                Task::start(serial, mailbox, flow, move |_| freezer.thaw())
+                Task::start(serial, mailbox, rules, move |_| freezer.thaw())
             }
             Payload::Update(request) => {
                 self.permit_writing(Capability::Update)?;
                 let program = options.program.clone().ok_or_else(|| {
                     Failure::new("unsupported", "this agent is not a program of its own")
                 })?;
-                Task::start(serial, mailbox, flow, move |port| {
+                Task::start(serial, mailbox, rules, move |port| {
                     crate::update::receive(&program, &request, port)
                 })
             }
@@ -741,6 +750,11 @@ impl<'a> Engine<'a> {
                 Mail::Message(serial, payload) => {
                     if let Some(running) = self.calls.get(&serial) {
                         self.outbox.push(serial, running.id, payload);
+                    }
+                }
+                Mail::Frame(serial, frame) => {
+                    if let Some(running) = self.calls.get(&serial) {
+                        self.outbox.push(serial, running.id, Parcel::Frame(frame));
                     }
                 }
                 Mail::Final(serial, payload) => {

@@ -12,17 +12,34 @@ use crate::util::now;
 
 /// So much is encoded ahead of the channel; more would only delay what is urgent.
 const AHEAD: usize = 96 * 1024;
-/// Contents of a file that are longer go out from where they lie; what is shorter is worth its copy,
-/// because every piece is a write of its own, and with it an exit to the hypervisor.
+/// A frame with contents of a file that is longer goes out from where it lies; what is shorter is
+/// worth its copy, because every piece is a write of its own, and with it an exit to the hypervisor.
 const WORTH_COPYING: usize = 4 * 1024;
 
 /// The id of a call.
 pub(crate) type CallId = [u8; 16];
 
+/// What a call sends.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "most are messages, which a box would cost an allocation each"
+)]
+pub(crate) enum Parcel {
+    Message(Payload),
+    /// A frame that is ready, with contents of a file.
+    Frame(Bytes),
+}
+
+impl From<Payload> for Parcel {
+    fn from(payload: Payload) -> Self {
+        Self::Message(payload)
+    }
+}
+
 #[derive(Default)]
 struct Queue {
     id: CallId,
-    messages: VecDeque<Payload>,
+    parcels: VecDeque<Parcel>,
     bytes: usize,
     ended: bool,
 }
@@ -40,8 +57,6 @@ pub(crate) struct Outbox {
     wire_bytes: usize,
     /// Where frames are encoded.
     scratch: BytesMut,
-    /// The host knows bulk frames.
-    bulk: bool,
 }
 
 impl Outbox {
@@ -50,26 +65,22 @@ impl Outbox {
         self.control.push_back((id, payload));
     }
 
-    /// Whether this session's host knows bulk frames; not after [`Outbox::clear`].
-    pub(crate) fn speak_bulk(&mut self, bulk: bool) {
-        self.bulk = bulk;
-    }
-
     /// Whether the host sends requests without reading answers.
     pub(crate) fn is_flooded(&self) -> bool {
         self.control_bytes > 1024 * 1024 || self.control.len() > 1024
     }
 
-    pub(crate) fn push(&mut self, serial: u32, id: CallId, payload: Payload) {
+    pub(crate) fn push(&mut self, serial: u32, id: CallId, parcel: impl Into<Parcel>) {
+        let parcel = parcel.into();
         let queue = self.queues.entry(serial).or_insert_with(|| Queue {
             id,
             ..Queue::default()
         });
-        if queue.messages.is_empty() {
+        if queue.parcels.is_empty() {
             self.ring.push_back(serial);
         }
-        queue.bytes += weight(&payload);
-        queue.messages.push_back(payload);
+        queue.bytes += parcel.weight();
+        queue.parcels.push_back(parcel);
     }
 
     /// The last message of a call.
@@ -98,59 +109,58 @@ impl Outbox {
     /// Bytes for the channel; empty where there is nothing to send.
     pub(crate) fn wire(&mut self, session: &[u8]) -> &[u8] {
         while self.wire_bytes + self.scratch.len() < AHEAD {
-            let (id, payload) = if let Some((id, payload)) = self.control.pop_front() {
+            let (id, parcel) = if let Some((id, payload)) = self.control.pop_front() {
                 self.control_bytes = self.control_bytes.saturating_sub(weight(&payload));
-                (id, payload)
+                (id, Parcel::Message(payload))
             } else if let Some(serial) = self.ring.pop_front() {
                 let Some(queue) = self.queues.get_mut(&serial) else {
                     continue;
                 };
-                let Some(payload) = queue.messages.pop_front() else {
+                let Some(parcel) = queue.parcels.pop_front() else {
                     continue;
                 };
-                queue.bytes = queue.bytes.saturating_sub(weight(&payload));
+                queue.bytes = queue.bytes.saturating_sub(parcel.weight());
                 let id = queue.id.to_vec();
-                if !queue.messages.is_empty() {
+                if !queue.parcels.is_empty() {
                     self.ring.push_back(serial);
                 } else if queue.ended {
                     self.queues.remove(&serial);
                 }
-                (id, payload)
+                (id, parcel)
             } else {
                 break;
             };
-            let bulk = matches!(payload, Payload::StreamData(_) | Payload::WindowUpdate(_));
-            let message = AgentMessage {
-                message_id: id,
-                timestamp: (!bulk).then(now),
-                session: session.to_vec(),
-                payload: Some(payload),
-            };
-            if let Err(error) = self.encode(message) {
-                // All that is made here is bounded well below a frame.
-                say!("not sent: {error}");
+            match parcel {
+                Parcel::Message(payload) => self.encode(id, session, payload),
+                Parcel::Frame(frame) => self.enclose(frame),
             }
         }
         self.close_piece();
         self.wire.front().map_or(&[], |piece| piece)
     }
 
-    fn encode(&mut self, message: AgentMessage) -> Result<(), frame::TooLong> {
-        if !self.bulk {
-            return frame::encode(&message, &mut self.scratch);
-        }
-        let Some(contents) = frame::encode_around(message, &mut self.scratch)? else {
-            return Ok(());
+    fn encode(&mut self, id: Vec<u8>, session: &[u8], payload: Payload) {
+        let bulk = matches!(payload, Payload::StreamData(_) | Payload::WindowUpdate(_));
+        let message = AgentMessage {
+            message_id: id,
+            timestamp: (!bulk).then(now),
+            session: session.to_vec(),
+            payload: Some(payload),
         };
-        if contents.data.len() <= WORTH_COPYING {
-            self.scratch.extend_from_slice(&contents.data);
+        if let Err(error) = frame::encode(&message, &mut self.scratch) {
+            // All that is made here is bounded well below a frame.
+            say!("not sent: {error}");
+        }
+    }
+
+    fn enclose(&mut self, frame: Bytes) {
+        if frame.len() <= WORTH_COPYING {
+            self.scratch.extend_from_slice(&frame);
         } else {
             self.close_piece();
-            self.wire_bytes += contents.data.len();
-            self.wire.push_back(contents.data);
+            self.wire_bytes += frame.len();
+            self.wire.push_back(frame);
         }
-        self.scratch.extend_from_slice(&contents.trailer);
-        Ok(())
     }
 
     /// What was encoded so far becomes a piece of its own.
@@ -184,6 +194,15 @@ impl Outbox {
     }
 }
 
+impl Parcel {
+    fn weight(&self) -> usize {
+        match self {
+            Self::Message(payload) => weight(payload),
+            Self::Frame(frame) => 64 + frame.len(),
+        }
+    }
+}
+
 fn weight(payload: &Payload) -> usize {
     64 + match payload {
         Payload::StreamData(data) => data.data.len(),
@@ -195,7 +214,7 @@ fn weight(payload: &Payload) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use ghost_proto::guest::v1::{Done, StreamData};
+    use ghost_proto::guest::v1::{Done, FileReadResponse, StreamData};
 
     use super::*;
 
@@ -247,6 +266,38 @@ mod tests {
         let done = order.iter().position(|one| *one == (2, true)).unwrap();
         assert!(done <= 5, "{order:?}");
         assert!(outbox.is_empty());
+        assert_eq!((outbox.ended(), outbox.waiting(1)), (0, 0));
+    }
+
+    #[test]
+    fn contents_of_a_file_go_out_in_one_piece_and_short_ones_with_what_is_beside_them() {
+        let frame = |size: usize| {
+            let mut envelope = frame::Envelope::new(&[1; 16], &[9; 16], size).unwrap();
+            let room = envelope.room();
+            envelope.contents().extend(vec![7; room]);
+            Parcel::Frame(envelope.seal().unwrap())
+        };
+        let mut outbox = Outbox::default();
+        let begun = FileReadResponse::default();
+        outbox.push(1, [1; 16], Payload::FileReadResponse(begun));
+        for _ in 0..3 {
+            outbox.push(1, [1; 16], frame(128 * 1024));
+        }
+        outbox.push(1, [1; 16], frame(100));
+        outbox.push_final(1, [1; 16], Payload::Done(Done {}));
+        assert!(outbox.waiting(1) > 384 * 1024);
+        let mut pieces = Vec::new();
+        loop {
+            let piece = outbox.wire(&[9; 16]).len();
+            if piece == 0 {
+                break;
+            }
+            outbox.sent(piece);
+            pieces.push(piece);
+        }
+        assert_eq!(pieces.len(), 5, "{pieces:?}");
+        assert_eq!(pieces[1..4], [128 * 1024; 3]);
+        assert!(pieces[4] > 100, "the end goes with the last contents");
         assert_eq!((outbox.ended(), outbox.waiting(1)), (0, 0));
     }
 

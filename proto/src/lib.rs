@@ -100,11 +100,18 @@ pub mod guest {
         pub const FILE: Self = Self {
             window: 512 * 1024,
             most: 128 * 1024,
-            grant: 256 * 1024,
+            // Two pieces: in a frame of `most` bytes a little less of them is contents.
+            grant: 252 * 1024,
         };
+        /// Whoever waits for a whole piece of the window waits for no more than a grant.
+        const ENDS: () = assert!(
+            Self::FILE.window - Self::FILE.grant >= Self::FILE.most as u64
+                && Self::STREAM.window - Self::STREAM.grant >= Self::STREAM.most as u64
+        );
 
         /// That of a stream in a version of the protocol.
         pub fn of(stream: v1::Stream, version: u32) -> Self {
+            let () = Self::ENDS;
             if stream == v1::Stream::File && version >= frame::BULK_VERSION {
                 Self::FILE
             } else {

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::hash::Hasher as _;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
@@ -55,30 +56,36 @@ pub(crate) fn read(
     let mut offset = request.offset;
     loop {
         let left = if request.length == 0 {
-            u64::MAX
+            usize::MAX
         } else {
-            request.length - sent
+            usize::try_from(request.length - sent).unwrap_or(usize::MAX)
         };
         if left == 0 {
             break;
         }
-        let most = usize::try_from(left)
-            .unwrap_or(usize::MAX)
-            .min(port.room()?);
-        let mut buffer = Vec::with_capacity(most);
-        let read = loop {
-            match rustix::io::pread(&file, rustix::buffer::spare_capacity(&mut buffer), offset) {
-                Err(Errno::INTR) => {}
-                other => break other.map_err(said)?,
+        let room = port.room()?;
+        let read = if let Some(mut envelope) = port.envelope(room) {
+            let most = left.min(envelope.room());
+            let read = read_some(&file, envelope.contents(), most, offset).map_err(said)?;
+            hash.write(envelope.written());
+            if read > 0 {
+                port.send_envelope(envelope)?;
             }
+            read
+        } else {
+            let mut buffer = Vec::new();
+            let read = read_some(&file, &mut buffer, left.min(room), offset).map_err(said)?;
+            hash.write(&buffer);
+            if read > 0 {
+                port.send_data(Bytes::from(buffer), false);
+            }
+            read
         };
         if read == 0 {
             break;
         }
-        hash.write(&buffer);
         sent += read as u64;
         offset += read as u64;
-        port.send_data(Bytes::from(buffer), false);
     }
     port.send_data(Bytes::new(), true);
     Ok(Payload::FileReadResponse(FileReadResponse {
@@ -89,6 +96,29 @@ pub(crate) fn read(
             },
         )),
     }))
+}
+
+/// Appends what one read gives, at most so many bytes.
+fn read_some(
+    file: &OwnedFd,
+    buffer: &mut Vec<u8>,
+    most: usize,
+    offset: u64,
+) -> Result<usize, Errno> {
+    buffer.reserve(most);
+    loop {
+        match rustix::io::pread(file, &mut buffer.spare_capacity_mut()[..most], offset) {
+            Ok((read, _)) => {
+                let read = read.len();
+                // SAFETY: the kernel has filled so many bytes behind the buffer's end, within its
+                // capacity.
+                unsafe { buffer.set_len(buffer.len() + read) };
+                return Ok(read);
+            }
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 /// Tells of one file.

@@ -28,7 +28,7 @@
 //! waits for contents whose announcement is wrong, and where they are cut short, because the sender
 //! died, the CRC does not follow them: then they are looked through like any garbage.
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use prost::Message;
 
 use super::v1::{AgentMessage, Stream, StreamData, agent_message::Payload};
@@ -81,63 +81,129 @@ pub fn encode(message: &AgentMessage, out: &mut BytesMut) -> Result<(), TooLong>
 ///
 /// # Errors
 /// As [`encode`].
-pub fn encode_bulk(message: AgentMessage, out: &mut BytesMut) -> Result<(), TooLong> {
-    if let Some(contents) = encode_around(message, out)? {
-        out.reserve(contents.data.len() + BULK_TRAILER);
-        out.extend_from_slice(&contents.data);
-        out.extend_from_slice(&contents.trailer);
-    }
-    Ok(())
-}
-
-/// What [`encode_around`] leaves to be sent.
-#[derive(Debug)]
-pub struct Contents {
-    /// First these.
-    pub data: Bytes,
-    /// Then these.
-    pub trailer: [u8; BULK_TRAILER],
-}
-
-/// As [`encode_bulk`], without copying the contents of a file: what follows what was appended comes
-/// back.
-///
-/// # Errors
-/// As [`encode`].
-pub fn encode_around(
-    mut message: AgentMessage,
-    out: &mut BytesMut,
-) -> Result<Option<Contents>, TooLong> {
+pub fn encode_bulk(mut message: AgentMessage, out: &mut BytesMut) -> Result<(), TooLong> {
     let data = match &mut message.payload {
         Some(Payload::StreamData(data))
             if data.stream == Stream::File as i32 && !data.data.is_empty() =>
         {
             std::mem::take(&mut data.data)
         }
-        _ => return encode(&message, out).map(|()| None),
+        _ => return encode(&message, out),
     };
     let length = message.encoded_len();
-    let whole = BULK_HEADER + length + data.len() + BULK_TRAILER;
+    let whole = bulk_length(length, data.len())?;
+    out.reserve(whole);
+    let start = out.len();
+    begin_bulk(&message, out)?;
+    out.extend_from_slice(&data);
+    let end = end_bulk(&mut out[start..], length);
+    out.extend_from_slice(&end);
+    Ok(())
+}
+
+/// A bulk frame that is made around contents where they lie, such as by reading a file into it: it
+/// goes out as it is, without a copy and in the fewest writes.
+#[derive(Debug)]
+pub struct Envelope {
+    frame: Vec<u8>,
+    /// Bytes of the protobuf.
+    length: usize,
+    most: usize,
+}
+
+impl Envelope {
+    /// One whose frame has at most `size` bytes in all, for the contents of a call's file.
+    ///
+    /// # Errors
+    /// [`TooLong`], where such a frame is not allowed, or has no room for contents.
+    pub fn new(message_id: &[u8], session: &[u8], size: usize) -> Result<Self, TooLong> {
+        let message = AgentMessage {
+            message_id: message_id.to_vec(),
+            session: session.to_vec(),
+            timestamp: None,
+            payload: Some(Payload::StreamData(StreamData {
+                stream: Stream::File as i32,
+                data: Bytes::new(),
+                end: false,
+            })),
+        };
+        let length = message.encoded_len();
+        let around = bulk_length(length, 0)?;
+        let most = size.saturating_sub(around);
+        if most == 0 {
+            return Err(TooLong { length });
+        }
+        bulk_length(length, most)?;
+        let mut frame = Vec::with_capacity(size);
+        begin_bulk(&message, &mut frame)?;
+        Ok(Self {
+            frame,
+            length,
+            most,
+        })
+    }
+
+    /// Where the contents are appended, at most [`Envelope::room`] bytes of them.
+    pub fn contents(&mut self) -> &mut Vec<u8> {
+        &mut self.frame
+    }
+
+    /// How many bytes may still be appended.
+    pub fn room(&self) -> usize {
+        self.most.saturating_sub(self.written().len())
+    }
+
+    /// What was appended.
+    pub fn written(&self) -> &[u8] {
+        &self.frame[BULK_HEADER + self.length..]
+    }
+
+    /// The frame.
+    ///
+    /// # Errors
+    /// [`TooLong`], where more was appended than there was room for, or nothing.
+    pub fn seal(mut self) -> Result<Bytes, TooLong> {
+        let contents = self.written().len();
+        if contents == 0 || contents > self.most {
+            return Err(TooLong { length: contents });
+        }
+        let end = end_bulk(&mut self.frame, self.length);
+        self.frame.extend_from_slice(&end);
+        Ok(self.frame.into())
+    }
+}
+
+/// The whole length of a bulk frame.
+fn bulk_length(length: usize, contents: usize) -> Result<usize, TooLong> {
+    let whole = BULK_HEADER + length + contents + BULK_TRAILER;
     if length > MOST_BULK_HEAD || whole > HEADER + MOST_PAYLOAD {
         return Err(TooLong {
-            length: length + data.len(),
+            length: length + contents,
         });
     }
-    // Both are below a megabyte.
-    let lengths = [length, data.len()].map(|one| (one as u32).to_be_bytes());
-    out.reserve(BULK_HEADER + length);
-    let start = out.len();
-    out.extend_from_slice(&BULK_MAGIC);
-    out.extend_from_slice(&lengths[0]);
-    out.extend_from_slice(&[0; 4]);
-    out.extend_from_slice(&lengths[1]);
-    if message.encode(out).is_err() {
-        out.truncate(start);
-        return Err(TooLong { length });
-    }
-    let trailer = bulk_checksum(&out[start..]).to_be_bytes();
-    out[start + 8..start + HEADER].copy_from_slice(&trailer);
-    Ok(Some(Contents { data, trailer }))
+    Ok(whole)
+}
+
+/// Appends a bulk frame up to its contents; the numbers that depend on these are left open.
+fn begin_bulk(message: &AgentMessage, out: &mut impl BufMut) -> Result<(), TooLong> {
+    let length = message.encoded_len();
+    out.put_slice(&BULK_MAGIC);
+    // Below a megabyte, see `bulk_length`.
+    out.put_u32(length as u32);
+    out.put_bytes(0, BULK_HEADER - 8);
+    // Encoding fails for want of room alone, and what is appended to here grows.
+    message.encode(out).map_err(|_| TooLong { length })
+}
+
+/// Fills in what a frame that ends with its contents had left open. Returns what follows them.
+fn end_bulk(frame: &mut [u8], length: usize) -> [u8; BULK_TRAILER] {
+    let head = BULK_HEADER + length;
+    // Below a megabyte, see `bulk_length`.
+    let contents = (frame.len() - head) as u32;
+    frame[HEADER..BULK_HEADER].copy_from_slice(&contents.to_be_bytes());
+    let sum = bulk_checksum(&frame[..head]).to_be_bytes();
+    frame[8..HEADER].copy_from_slice(&sum);
+    sum
 }
 
 /// Of a bulk frame up to its contents.
@@ -462,6 +528,38 @@ mod tests {
         }
         assert_eq!(bulk(&output), frame(&output));
         assert!(encode_bulk(contents(MOST_PAYLOAD), &mut BytesMut::new()).is_err());
+    }
+
+    #[test]
+    fn an_envelope_is_the_same_frame() {
+        let Some(Payload::StreamData(StreamData { data, .. })) = contents(5_000).payload else {
+            unreachable!()
+        };
+        let bytes = bulk(&contents(5_000));
+        let around = bytes.len() - data.len();
+        let mut envelope = Envelope::new(&[7; 16], &[9; 16], around + 6_000).unwrap();
+        assert_eq!(envelope.room(), 6_000);
+        envelope.contents().extend_from_slice(&data);
+        assert_eq!((envelope.room(), envelope.written()), (1_000, &data[..]));
+        assert_eq!(envelope.seal().unwrap(), bytes.freeze());
+        // Filled to the brim it is as large as was said.
+        let mut envelope = Envelope::new(&[7; 16], &[9; 16], 4_096).unwrap();
+        let room = envelope.room();
+        envelope.contents().extend(vec![1; room]);
+        assert_eq!(envelope.room(), 0);
+        assert_eq!(envelope.seal().unwrap().len(), 4_096);
+    }
+
+    #[test]
+    fn an_envelope_without_room_or_contents_or_with_too_much_is_none() {
+        let new = |size| Envelope::new(&[7; 16], &[9; 16], size);
+        assert!(new(0).is_err() && new(40).is_err() && new(HEADER + MOST_PAYLOAD + 1).is_err());
+        assert!(new(HEADER + MOST_PAYLOAD).is_ok());
+        assert!(Envelope::new(&[7; 300], &[9; 16], 4_096).is_err());
+        assert!(new(4_096).unwrap().seal().is_err());
+        let mut over = new(100).unwrap();
+        over.contents().extend_from_slice(&[0; 100]);
+        assert!(over.seal().is_err());
     }
 
     #[test]
