@@ -20,6 +20,7 @@ use ghost_core::infrastructure::authority::CoreAuthority;
 use ghost_core::infrastructure::listener::{self, GrpcConnection, Listener, ListenerLimits};
 use ghost_core::presentation::grpc::Front;
 use ghost_core::presentation::metrics::{self, MetricsParts};
+use ghost_core::presentation::route::Router;
 use ghost_core::presentation::{Peer, PeerKind, http as api};
 use ghost_domain::ports::Clock;
 use ghost_domain::{Error, ErrorCode, Result};
@@ -221,7 +222,11 @@ async fn serve(config: &Config, most_links: u32) -> Result<()> {
     let connections = TaskTracker::new();
     let mut servers = serving.spawn(bound, &connections)?;
     servers.spawn(watchdog(Arc::clone(&fleet), stop.clone()));
-    servers.spawn(hold_lease(Arc::clone(&desk), stop.clone()));
+    servers.spawn(hold_lease(
+        Arc::clone(&desk),
+        Arc::clone(front.router()),
+        stop.clone(),
+    ));
     let notifier = Notifier::from_environment();
     notifier.ready();
     host::release_startup_memory();
@@ -482,10 +487,10 @@ async fn serve_http(
 }
 
 /// A lease that is lost ends no process: what is in memory is still told, and hosts come back.
-async fn hold_lease(desk: Arc<Desk>, stop: CancellationToken) -> Result<()> {
+async fn hold_lease(desk: Arc<Desk>, others: Arc<Router>, stop: CancellationToken) -> Result<()> {
     tokio::select! {
         () = stop.cancelled() => {}
-        () = desk.hold_lease() => {}
+        () = desk.hold_lease(others) => {}
     }
     Ok(())
 }

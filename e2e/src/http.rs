@@ -2,7 +2,7 @@
 //! is meant to be wrong.
 
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
 /// An answer.
@@ -36,7 +36,11 @@ impl Response {
 /// # Errors
 /// Those of the connection.
 pub fn connect(port: u16) -> io::Result<TcpStream> {
-    let stream = TcpStream::connect(("127.0.0.1", port))?;
+    connect_to(SocketAddr::from(([127, 0, 0, 1], port)))
+}
+
+fn connect_to(at: SocketAddr) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect(at)?;
     stream.set_read_timeout(Some(Duration::from_secs(60)))?;
     stream.set_write_timeout(Some(Duration::from_secs(60)))?;
     Ok(stream)
@@ -53,9 +57,23 @@ pub fn request(
     headers: &[(&str, &str)],
     body: &[u8],
 ) -> io::Result<Response> {
-    let mut stream = connect(port)?;
-    let mut head =
-        format!("{method} {path} HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\nconnection: close\r\n");
+    let at = SocketAddr::from(([127, 0, 0, 1], port));
+    request_at(at, method, path, headers, body)
+}
+
+/// The same to any address.
+///
+/// # Errors
+/// Those of the connection, and what is no answer.
+pub fn request_at(
+    at: SocketAddr,
+    method: &str,
+    path: &str,
+    headers: &[(&str, &str)],
+    body: &[u8],
+) -> io::Result<Response> {
+    let mut stream = connect_to(at)?;
+    let mut head = format!("{method} {path} HTTP/1.1\r\nhost: {at}\r\nconnection: close\r\n");
     for (name, value) in headers {
         head.push_str(&format!("{name}: {value}\r\n"));
     }

@@ -18,6 +18,7 @@ pub mod guest;
 pub mod http;
 pub mod libvirt;
 pub mod netlab;
+pub mod partition;
 pub mod proxy;
 pub mod replicas;
 pub mod server;

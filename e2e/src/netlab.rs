@@ -445,7 +445,7 @@ fn pump(
 }
 
 #[expect(clippy::panic, reason = "the test cannot go on")]
-fn run(program: &str, arguments: &[&str]) {
+pub(crate) fn run(program: &str, arguments: &[&str]) {
     let done = Command::new(program)
         .args(arguments)
         .stdin(Stdio::null())
@@ -462,7 +462,7 @@ fn run(program: &str, arguments: &[&str]) {
 }
 
 #[expect(clippy::expect_used, reason = "the test cannot go on")]
-fn feed(mut command: Command, text: &str) {
+pub(crate) fn feed(mut command: Command, text: &str) {
     let mut child = command
         .stdin(Stdio::piped())
         .stderr(Stdio::piped())

@@ -2,8 +2,10 @@
 //! the test, however that ends.
 
 use std::fs::{self, File};
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::json;
@@ -11,6 +13,7 @@ use tempfile::TempDir;
 
 use crate::agent::free_port;
 use crate::core::{Builder, Core};
+use crate::partition::Switch;
 use crate::wait;
 
 /// Where Debian's package `etcd-server` puts it.
@@ -21,23 +24,34 @@ const START: Duration = Duration::from_secs(60);
 /// Members of etcd.
 pub struct Etcd {
     members: Vec<Member>,
+    switch: Option<Arc<Switch>>,
     _folder: TempDir,
 }
 
 struct Member {
     arguments: Vec<String>,
+    wrapper: Vec<String>,
+    address: IpAddr,
     port: u16,
     log: PathBuf,
     child: Option<Child>,
 }
 
 impl Etcd {
-    /// Starts a cluster of so many members and waits until each answers.
+    /// Starts a cluster of so many members on loopback and waits until each answers.
     ///
     /// # Panics
     /// Where this machine has no etcd, or it does not start.
-    #[expect(clippy::expect_used, reason = "the test cannot go on")]
     pub fn start(size: usize) -> Self {
+        Self::start_on(size, None)
+    }
+
+    /// The same, on the machines `m0`, `m1` and so on of a switch where there is one.
+    ///
+    /// # Panics
+    /// As [`Self::start`].
+    #[expect(clippy::expect_used, reason = "the test cannot go on")]
+    pub fn start_on(size: usize, switch: Option<Arc<Switch>>) -> Self {
         assert!(
             Path::new(PROGRAM).exists(),
             "several replicas need {PROGRAM}: apt-get install etcd-server"
@@ -46,25 +60,37 @@ impl Etcd {
             .prefix(&format!("ghost-e2e-etcd-{}-", std::process::id()))
             .tempdir()
             .expect("a folder for etcd");
-        let ports: Vec<(u16, u16)> = (0..size).map(|_| (free_port(), free_port())).collect();
-        let url = |port: u16| format!("http://127.0.0.1:{port}");
-        let all: Vec<String> = ports
-            .iter()
-            .enumerate()
-            .map(|(number, (peer, _))| format!("m{number}={}", url(*peer)))
+        let places: Vec<(IpAddr, u16, u16)> = (0..size)
+            .map(|number| {
+                let address = switch
+                    .as_ref()
+                    .map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |switch| {
+                        switch.address(&name(number))
+                    });
+                (address, free_port(), free_port())
+            })
             .collect();
-        let members = ports
+        let url = |address: IpAddr, port: u16| format!("http://{address}:{port}");
+        let all: Vec<String> = places
             .iter()
             .enumerate()
-            .map(|(number, (peer, client))| {
-                let data = folder.path().join(format!("m{number}"));
+            .map(|(number, (address, peer, _))| {
+                format!("{}={}", name(number), url(*address, *peer))
+            })
+            .collect();
+        let members = places
+            .iter()
+            .enumerate()
+            .map(|(number, (address, peer, client))| {
+                let data = folder.path().join(name(number));
+                let (peer, clients) = (url(*address, *peer), url(*address, *client));
                 let pairs = [
-                    ("--name", format!("m{number}")),
+                    ("--name", name(number)),
                     ("--data-dir", data.display().to_string()),
-                    ("--listen-peer-urls", url(*peer)),
-                    ("--initial-advertise-peer-urls", url(*peer)),
-                    ("--listen-client-urls", url(*client)),
-                    ("--advertise-client-urls", url(*client)),
+                    ("--listen-peer-urls", peer.clone()),
+                    ("--initial-advertise-peer-urls", peer),
+                    ("--listen-client-urls", clients.clone()),
+                    ("--advertise-client-urls", clients),
                     ("--initial-cluster", all.join(",")),
                     ("--heartbeat-interval", "100".to_owned()),
                     ("--election-timeout", "1000".to_owned()),
@@ -74,18 +100,60 @@ impl Etcd {
                         .into_iter()
                         .flat_map(|(option, value)| [option.to_owned(), value])
                         .collect(),
+                    wrapper: switch
+                        .as_ref()
+                        .map(|switch| switch.wrapper(&name(number)).to_vec())
+                        .unwrap_or_default(),
+                    address: *address,
                     port: *client,
-                    log: folder.path().join(format!("m{number}.log")),
+                    log: folder.path().join(format!("{}.log", name(number))),
                     child: None,
                 }
             })
             .collect();
         let mut cluster = Self {
             members,
+            switch,
             _folder: folder,
         };
         cluster.start_all();
         cluster
+    }
+
+    /// Asks a member, from its own machine.
+    fn ask(
+        &self,
+        number: usize,
+        method: &str,
+        path: &str,
+        body: &[u8],
+    ) -> std::io::Result<crate::http::Response> {
+        let member = &self.members[number];
+        let at = (member.address, member.port).into();
+        let ask = || crate::http::request_at(at, method, path, &[], body);
+        match &self.switch {
+            None => ask(),
+            Some(switch) => switch.enter(&name(number), ask),
+        }
+    }
+
+    /// The member that leads the others, as most of those that answer say.
+    ///
+    /// # Panics
+    /// Where none does in time.
+    pub fn leader(&self) -> usize {
+        wait::until_ok("etcd has a leader", START, || {
+            for number in 0..self.size() {
+                let told = self
+                    .ask(number, "POST", "/v3/maintenance/status", b"{}")
+                    .map_err(|error| error.to_string())?
+                    .json();
+                if told["leader"].is_string() && told["leader"] == told["header"]["member_id"] {
+                    return Ok(number);
+                }
+            }
+            Err("no member says that it leads".to_owned())
+        })
     }
 
     /// How many members there are.
@@ -95,9 +163,9 @@ impl Etcd {
 
     /// Where clients reach the members.
     pub fn endpoints(&self) -> Vec<String> {
-        let ports = self.members.iter().map(|member| member.port);
-        ports
-            .map(|port| format!("http://127.0.0.1:{port}"))
+        let members = self.members.iter();
+        members
+            .map(|member| format!("http://{}:{}", member.address, member.port))
             .collect()
     }
 
@@ -114,8 +182,10 @@ impl Etcd {
             .append(true)
             .open(&member.log)
             .expect("the log");
+        let words = [&member.wrapper[..], &[PROGRAM.to_owned()]].concat();
         member.child = Some(
-            Command::new(PROGRAM)
+            Command::new(&words[0])
+                .args(&words[1..])
                 .args(&member.arguments)
                 .stdin(Stdio::null())
                 .stdout(log.try_clone().expect("the log"))
@@ -135,9 +205,9 @@ impl Etcd {
                 self.spawn(number);
             }
         }
-        for member in &self.members {
+        for number in 0..self.members.len() {
             wait::until_ok("a member of etcd is well", START, || {
-                let answer = crate::http::get(member.port, "/health");
+                let answer = self.ask(number, "GET", "/health", b"");
                 match answer {
                     Ok(answer) if answer.body.contains("\"true\"") => Ok(()),
                     Ok(answer) => Err(answer.body),
@@ -179,6 +249,11 @@ impl Drop for Etcd {
     }
 }
 
+/// What a member is called.
+fn name(number: usize) -> String {
+    format!("m{number}")
+}
+
 /// Two replicas of one Core, `a` and `b`.
 pub struct Replicas {
     /// The replicas. They end before their etcd does.
@@ -192,13 +267,27 @@ impl Replicas {
     ///
     /// # Panics
     /// Where they do not start.
-    #[expect(clippy::expect_used, reason = "the test cannot go on")]
     pub fn start() -> Self {
-        let etcd = Etcd::start(3);
+        Self::start_on(None)
+    }
+
+    /// The same, on the machines `a`, `b`, `m0`, `m1` and `m2` of a switch where there is one.
+    ///
+    /// # Panics
+    /// Where they do not start.
+    #[expect(clippy::expect_used, reason = "the test cannot go on")]
+    pub fn start_on(switch: Option<&Arc<Switch>>) -> Self {
+        let etcd = Etcd::start_on(3, switch.cloned());
         let mut cores: Vec<Core> = ["a", "b"]
             .iter()
             .map(|name| {
-                Builder::new()
+                let builder = match switch {
+                    None => Builder::new(),
+                    Some(switch) => {
+                        Builder::new().within(&switch.wrapper(name), switch.address(name))
+                    }
+                };
+                builder
                     .set("store.engine", "etcd")
                     .set("store.etcd.endpoints", json!(etcd.endpoints()))
                     // Faults are noticed sooner than by people's patience, in proportion.

@@ -90,8 +90,8 @@ pub trait FleetStore: Send + Sync {
         false
     }
 
-    /// Resolves once for each time that this process's lease was lost: what was leased is gone,
-    /// others may have taken it, and all links of this replica have to be given up. The store takes
+    /// Resolves once for each time that this process's lease was lost: what was leased is gone, and
+    /// others may have taken it, unless none of them has a lease either. The store takes
     /// another lease by itself; until then it takes no leased records. Never for an embedded store.
     async fn lease_lost(&self);
 

@@ -31,6 +31,8 @@ pub enum RecordKey {
     Token(CredentialId),
     /// A replica that runs. Leased.
     Replica(String),
+    /// A replica that ran lately, also while it does not.
+    KnownReplica(String),
     /// The epoch of the records.
     Epoch,
     /// Which Core this is, made once.
@@ -64,6 +66,8 @@ pub enum Record {
     Token(JoinToken),
     /// See [`RecordKey::Replica`].
     Replica(Replica),
+    /// See [`RecordKey::KnownReplica`]: `since` is when it last said that it runs.
+    KnownReplica(Replica),
     /// See [`RecordKey::Epoch`].
     Epoch(u64),
     /// See [`RecordKey::CoreId`].

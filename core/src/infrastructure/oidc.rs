@@ -26,6 +26,7 @@ use ghost_domain::{
 };
 use jsonwebtoken::jwk::{Jwk, JwkSet, PublicKeyUse};
 use jsonwebtoken::{Algorithm, DecodingKey, Validation, decode, decode_header};
+use parking_lot::RwLock;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
@@ -78,7 +79,9 @@ pub struct OidcVerifier {
     options: OidcOptions,
     fleet: Arc<Fleet>,
     http: reqwest::Client,
-    keys: Mutex<Keys>,
+    keys: RwLock<Keys>,
+    /// Held by whoever fetches keys. Who needs none that are not known does not wait for it.
+    fetching: Mutex<()>,
 }
 
 impl std::fmt::Debug for OidcVerifier {
@@ -144,7 +147,8 @@ impl OidcVerifier {
             options,
             fleet,
             http,
-            keys: Mutex::default(),
+            keys: RwLock::default(),
+            fetching: Mutex::default(),
         })
     }
 
@@ -202,24 +206,45 @@ impl OidcVerifier {
         Ok(usable(&set))
     }
 
-    /// The key of a token; fetches the set where that may help.
-    async fn key(&self, shown: &Shown) -> Result<Arc<Key>> {
+    /// What is known of a token's key, and whether it needs no second look.
+    fn known(&self, shown: &Shown) -> (Option<Arc<Key>>, bool) {
         let now = self.fleet.clock().monotonic();
-        // Held while fetching, so that a hundred calls ask the issuer once.
-        let mut keys = self.keys.lock().await;
+        let keys = self.keys.read();
         let age = keys.fetched.map(|at| now.since(at));
-        let known = keys.find(shown);
-        if let Some(key) = known
-            .as_ref()
-            .filter(|_| age.is_some_and(|age| age < FRESH))
-        {
+        let key = keys
+            .find(shown)
+            .filter(|_| age.is_some_and(|age| age < USABLE));
+        let fresh = key.is_some() && age.is_some_and(|age| age < FRESH);
+        (key, fresh)
+    }
+
+    /// The key of a token; fetches the set where that may help. One that is known keeps nobody
+    /// waiting, also while an issuer is asked that does not answer.
+    async fn key(&self, shown: &Shown) -> Result<Arc<Key>> {
+        if let (Some(key), true) = self.known(shown) {
+            return Ok(key);
+        }
+        // A hundred calls ask the issuer once.
+        let _fetching = match self.fetching.try_lock() {
+            Ok(first) => first,
+            Err(_) => {
+                if let (Some(key), _) = self.known(shown) {
+                    return Ok(key);
+                }
+                self.fetching.lock().await
+            }
+        };
+        let (known, fresh) = self.known(shown);
+        if let (Some(key), true) = (&known, fresh) {
             return Ok(Arc::clone(key));
         }
-        let waits = keys.tried.is_some_and(|at| now.since(at) < BETWEEN_FETCHES);
-        if !waits {
-            keys.tried = Some(now);
+        let now = self.fleet.clock().monotonic();
+        let tried = self.keys.read().tried;
+        if tried.is_none_or(|at| now.since(at) >= BETWEEN_FETCHES) {
+            self.keys.write().tried = Some(now);
             match self.fetch().await {
                 Ok(fetched) => {
+                    let mut keys = self.keys.write();
                     keys.by_id = fetched;
                     keys.fetched = Some(now);
                     return keys.find(shown).ok_or_else(unknown_key);
@@ -232,9 +257,7 @@ impl OidcVerifier {
                 }
             }
         }
-        known
-            .filter(|_| age.is_some_and(|age| age < USABLE))
-            .ok_or_else(unknown_key)
+        known.ok_or_else(unknown_key)
     }
 
     fn read(&self, claims: &Map<String, Value>) -> Result<Person> {

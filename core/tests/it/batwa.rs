@@ -127,8 +127,10 @@ async fn every_route_against_everybody() {
     for route in BATWA_ROUTES {
         for (who, key, role, sees) in &everybody {
             let path = route.path.replace("{vm_name}", "web");
+            let path = path.replace("{agent_id}", "pc");
             let body = match route.path {
                 "/api/agent/register" => json!({"agent_id": "pc", "hostname": "pc"}),
+                "/api/agent/heartbeat" => json!({"agent_id": "pc", "vm_count": 9000}),
                 "/api/vm/create" => json!({"image": "tiny", "agent_id": "pc"}),
                 "/api/execute" => json!({"vm_name": "web", "command": ["true"]}),
                 _ if route.method == "POST" => json!({"vm_name": "web"}),
@@ -157,7 +159,7 @@ async fn every_route_against_everybody() {
                         assert!(!answer.1.to_string().contains("web"), "{what}");
                         assert!(!answer.1.to_string().contains("\"pc\""), "{what}");
                     }
-                    "/api/agent/register" => {
+                    "/api/agent/register" | "/api/agent/heartbeat" => {
                         assert_eq!(code(&answer), (409, "not_enrolled"), "{what}");
                     }
                     "/ws" => assert!(answer.0 == 400 || answer.0 == 404, "{what}"),
@@ -172,7 +174,7 @@ async fn every_route_against_everybody() {
             }
         }
     }
-    assert_eq!(reached, 13);
+    assert_eq!(reached, 17);
 }
 
 #[tokio::test]
@@ -257,6 +259,85 @@ async fn a_registration_acknowledges_and_enrols_nobody() {
     }
     let (_, agents) = ask(&world, "GET", "/api/agent/list", &key, Value::Null).await;
     assert_eq!(agents["agents"].as_array().unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn a_heartbeat_by_a_key_makes_no_host_online() {
+    let world = world().await;
+    knows(&world, world.host, &["web"]).await;
+    let key = world.new_key(Some("acme"), Role::Viewer).await;
+    let beat = async |id: &str| {
+        let body = json!({"agent_id": id, "timestamp": "2031-01-01T00:00:00Z",
+            "status": "online", "vm_count": 77});
+        ask(&world, "POST", "/api/agent/heartbeat", &key, body).await
+    };
+    let info = async |id: &str| {
+        let path = format!("/api/agent/info/{id}");
+        ask(&world, "GET", &path, &key, Value::Null).await
+    };
+    let (status, known) = beat("pc").await;
+    assert_eq!((status, &known["status"]), (200, &json!("online")));
+    let (status, pc) = info("pc").await;
+    assert_eq!(
+        (status, &pc["status"], &pc["vm_count"]),
+        (200, &json!("online"), &json!(1))
+    );
+    assert_eq!(pc["host_id"], world.host.to_string());
+    // A host that never came stays as it is, whatever somebody says in its name.
+    world.links.0.lock().remove(&world.host);
+    let unlinked = world.fleet.transact(|state| {
+        let mut draft = state.draft();
+        draft.delete(RecordKey::Owner(world.host));
+        Ok(draft.done(()))
+    });
+    unlinked.await.unwrap();
+    let before = info("pc").await.1;
+    assert_eq!(before["status"], "offline", "{before}");
+    let (status, told) = beat("pc").await;
+    assert_eq!((status, &told["status"]), (200, &json!("offline")));
+    let after = info("pc").await.1;
+    assert_eq!(after, before);
+    assert_eq!(code(&beat("nobody").await), (409, "not_enrolled"));
+    assert_eq!(code(&info("nobody").await), (404, "host_not_found"));
+    let odd = json!({"agent_id": "pc", "mood": "fine"});
+    let (status, _) = ask(&world, "POST", "/api/agent/heartbeat", &key, odd).await;
+    assert_eq!(status, 400);
+}
+
+#[tokio::test]
+async fn a_host_is_unregistered_by_an_administrator_and_only_with_force_while_it_is_online() {
+    let world = world().await;
+    let admin = world.new_key(Some("acme"), Role::Admin).await;
+    let operator = world.new_key(Some("acme"), Role::Operator).await;
+    let path = "/api/agent/unregister/pc";
+    let delete = async |key: &str, path: &str| ask(&world, "DELETE", path, key, Value::Null).await;
+    assert_eq!(
+        code(&delete(&operator, path).await),
+        (403, "permission_denied")
+    );
+    let refused = delete(&admin, path).await;
+    assert_eq!(code(&refused), (409, "wrong_state"));
+    let (status, gone) = delete(&admin, &format!("{path}?force=true")).await;
+    assert_eq!((status, &gone["agent_id"]), (200, &json!("pc")), "{gone}");
+    assert!(world.fleet.read(|state| state.host(world.host).is_none()));
+    assert_eq!(code(&delete(&admin, path).await), (404, "host_not_found"));
+    let query = FleetAuditQuery {
+        limit: 100,
+        ..FleetAuditQuery::default()
+    };
+    let outcomes: Vec<_> = world
+        .audit
+        .list(query)
+        .await
+        .unwrap()
+        .into_iter()
+        .filter(|line| {
+            let action = line.record.action.as_str();
+            action.contains("RemoveHost") || action.contains("unregister")
+        })
+        .map(|line| line.record.outcome)
+        .collect();
+    assert_eq!(outcomes, ["permission_denied", "wrong_state", "ok"]);
 }
 
 #[tokio::test]

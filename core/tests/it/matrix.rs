@@ -1,17 +1,24 @@
-//! Every RPC against everybody: whom the door lets in, and what those who are kept out learn.
+//! Every RPC, every route and every WebSocket against everybody: whom the door lets in, and what those
+//! who are kept out learn. The rows are the tables of methods and routes, which tests hold to the
+//! descriptors (`methods.rs`) and to the OpenAPI documents (`routes.rs` of the agent, and here), so that
+//! nothing is served without a row. The routes of Batwa are in `batwa.rs`.
 
 use std::collections::BTreeSet;
 
 use axum::http::Request;
 use ghost_core::domain::{Record, RecordKey};
 use ghost_core::presentation::Peer;
-use ghost_core::presentation::grpc::methods::{CORE_METHODS, CoreAccess};
+use ghost_core::presentation::grpc::methods::{CORE_METHODS, CoreAccess, CoreMethod, core_method};
+use ghost_core::presentation::http;
 use ghost_domain::Role;
 use ghost_presentation::grpc::access::METHODS;
+use ghost_presentation::http::routes::ROUTES;
 use ghost_presentation::{Access, CoreReach};
+use serde_json::{Value, json};
 use tonic::Status;
 use tonic::body::Body;
 
+use crate::http::{build, send, value};
 use crate::world::{World, nobody, reason, request, root};
 
 /// Somebody who calls.
@@ -135,6 +142,14 @@ async fn everybody(world: &World) -> Vec<Who> {
         fleet: false,
     });
     all.push(Who {
+        name: "administrator of the fleet by key",
+        peer: nobody(),
+        key: Some(world.new_key(None, Role::Admin).await),
+        role: Some(Role::Admin),
+        sees_host: true,
+        fleet: true,
+    });
+    all.push(Who {
         name: "root on Core's machine",
         peer: root(),
         key: None,
@@ -162,13 +177,49 @@ async fn refusal(world: &World, who: &Who, path: &str, host: Option<&str>) -> Op
     let response = world.front.call(&who.peer, request).await;
     let status = Status::from_header_map(response.headers())?;
     let reason = reason(&status);
-    let refusals = [
-        "unauthenticated",
-        "permission_denied",
-        "core_permission_denied",
-        "host_not_found",
-    ];
-    refusals.contains(&reason.as_str()).then_some(reason)
+    REFUSALS.contains(&reason.as_str()).then_some(reason)
+}
+
+/// What the door says to those whom it keeps out.
+const REFUSALS: [&str; 4] = [
+    "unauthenticated",
+    "permission_denied",
+    "core_permission_denied",
+    "host_not_found",
+];
+
+/// What a call to a host is refused with.
+fn refused_of_a_host(who: &Who, access: Access, reach: CoreReach) -> Option<&'static str> {
+    match (who.role, access) {
+        (None, _) => Some("unauthenticated"),
+        _ if !who.sees_host => Some("host_not_found"),
+        (Some(role), Access::Role(needed)) if role < needed => Some("permission_denied"),
+        (Some(Role::Viewer), Access::Guests) => Some("permission_denied"),
+        _ if reach == CoreReach::Never => Some("core_permission_denied"),
+        _ => None,
+    }
+}
+
+/// What a call to Core is refused with.
+fn refused_of_core(who: &Who, method: &CoreMethod) -> Option<&'static str> {
+    match (method.access, who.role) {
+        (CoreAccess::Anyone, _) => None,
+        (CoreAccess::Host, _) if who.name == "a host" => None,
+        (CoreAccess::Host | CoreAccess::Replica, _) | (_, None) => Some("unauthenticated"),
+        (CoreAccess::Role(needed), Some(role)) if role < needed => Some("permission_denied"),
+        // Only a certificate is renewed.
+        (_, Some(_)) if method.path.ends_with("AccessService/Renew") => {
+            (who.name != "operator by certificate").then_some("permission_denied")
+        }
+        (CoreAccess::FleetAdmin, Some(_)) if !who.fleet => Some("permission_denied"),
+        // A key that is bound to hosts changes nothing that is about more than hosts.
+        (_, Some(_)) if who.name == "key for another host" && method.audited => {
+            let about_hosts = ["UpdateHost", "RemoveHost", "QueueCommand", "CancelCommand"];
+            let verb = method.path.rsplit('/').next().unwrap();
+            (!about_hosts.contains(&verb)).then_some("permission_denied")
+        }
+        (_, Some(_)) => None,
+    }
 }
 
 #[tokio::test]
@@ -182,14 +233,7 @@ async fn every_call_to_a_host_against_everybody() {
         }
         for who in &everybody {
             let host = if who.fleet { "acme/pc" } else { "pc" };
-            let expected = match (who.role, method.access) {
-                (None, _) => Some("unauthenticated"),
-                _ if !who.sees_host => Some("host_not_found"),
-                (Some(role), Access::Role(needed)) if role < needed => Some("permission_denied"),
-                (Some(Role::Viewer), Access::Guests) => Some("permission_denied"),
-                _ if method.core == CoreReach::Never => Some("core_permission_denied"),
-                _ => None,
-            };
+            let expected = refused_of_a_host(who, method.access, method.core);
             let refused = refusal(&world, who, method.path, Some(host)).await;
             assert_eq!(
                 refused.as_deref(),
@@ -212,26 +256,7 @@ async fn every_call_to_core_against_everybody() {
     for method in CORE_METHODS {
         // Core needs no host, and a host changes nothing about who may.
         for who in &everybody {
-            let expected = match (method.access, who.role) {
-                (CoreAccess::Anyone, _) => None,
-                (CoreAccess::Host, _) if who.name == "a host" => None,
-                (CoreAccess::Host | CoreAccess::Replica, _) | (_, None) => Some("unauthenticated"),
-                (CoreAccess::Role(needed), Some(role)) if role < needed => {
-                    Some("permission_denied")
-                }
-                // Only a certificate is renewed.
-                (_, Some(_)) if method.path.ends_with("AccessService/Renew") => {
-                    (who.name != "operator by certificate").then_some("permission_denied")
-                }
-                (CoreAccess::FleetAdmin, Some(_)) if !who.fleet => Some("permission_denied"),
-                // A key that is bound to hosts changes nothing that is about more than hosts.
-                (_, Some(_)) if who.name == "key for another host" && method.audited => {
-                    let about_hosts = ["UpdateHost", "RemoveHost", "QueueCommand", "CancelCommand"];
-                    let verb = method.path.rsplit('/').next().unwrap();
-                    (!about_hosts.contains(&verb)).then_some("permission_denied")
-                }
-                (_, Some(_)) => None,
-            };
+            let expected = refused_of_core(who, method);
             let refused = refusal(&world, who, method.path, None).await;
             // Of hosts that are not named there is none, for whoever may ask.
             let refused = refused.filter(|reason| {
@@ -289,4 +314,258 @@ async fn calls_that_nobody_serves_tell_strangers_nothing() {
         let answer = world.call(&root(), path, &[], &()).await;
         assert_eq!(answer.reason(), "not_found", "{path}");
     }
+}
+
+/// The routes of Core's own HTTP, and the call that each of them makes.
+const HTTP_ROUTES: &[(&str, &str, &str)] = &[
+    ("GET", "/health", "/grpc.health.v1.Health/Check"),
+    ("GET", "/live", "/grpc.health.v1.Health/Check"),
+    ("GET", "/ready", "/grpc.health.v1.Health/Check"),
+    (
+        "GET",
+        "/v1/openapi.json",
+        "/ghost.agent.v1.AccessService/WhoAmI",
+    ),
+    ("GET", "/v1/whoami", "/ghost.agent.v1.AccessService/WhoAmI"),
+    ("GET", "/v1/status", "/ghost.core.v1.FleetService/GetStatus"),
+    ("GET", "/v1/hosts", "/ghost.core.v1.FleetService/ListHosts"),
+    (
+        "GET",
+        "/v1/hosts/{host}",
+        "/ghost.core.v1.FleetService/GetHost",
+    ),
+    (
+        "PATCH",
+        "/v1/hosts/{host}",
+        "/ghost.core.v1.FleetService/UpdateHost",
+    ),
+    (
+        "DELETE",
+        "/v1/hosts/{host}",
+        "/ghost.core.v1.FleetService/RemoveHost",
+    ),
+    ("GET", "/v1/vms", "/ghost.core.v1.FleetService/ListVms"),
+    ("POST", "/v1/vms", "/ghost.agent.v1.VmService/Create"),
+    ("GET", "/v1/events", "/ghost.agent.v1.EventService/Watch"),
+    ("POST", "/v1/placement", "/ghost.core.v1.FleetService/Place"),
+    (
+        "GET",
+        "/v1/commands",
+        "/ghost.core.v1.FleetService/ListCommands",
+    ),
+    (
+        "POST",
+        "/v1/commands",
+        "/ghost.core.v1.FleetService/QueueCommand",
+    ),
+    (
+        "GET",
+        "/v1/commands/{id}",
+        "/ghost.core.v1.FleetService/GetCommand",
+    ),
+    (
+        "DELETE",
+        "/v1/commands/{id}",
+        "/ghost.core.v1.FleetService/CancelCommand",
+    ),
+    (
+        "POST",
+        "/v1/tokens",
+        "/ghost.core.v1.FleetService/CreateToken",
+    ),
+    (
+        "GET",
+        "/v1/tenants",
+        "/ghost.core.v1.FleetService/ListTenants",
+    ),
+    (
+        "POST",
+        "/v1/tenants",
+        "/ghost.core.v1.FleetService/CreateTenant",
+    ),
+    (
+        "PATCH",
+        "/v1/tenants/{tenant}",
+        "/ghost.core.v1.FleetService/UpdateTenant",
+    ),
+    (
+        "DELETE",
+        "/v1/tenants/{tenant}",
+        "/ghost.core.v1.FleetService/DeleteTenant",
+    ),
+    ("GET", "/v1/users", "/ghost.core.v1.FleetService/ListUsers"),
+    (
+        "PATCH",
+        "/v1/users/{user}",
+        "/ghost.core.v1.FleetService/UpdateUser",
+    ),
+    (
+        "DELETE",
+        "/v1/users/{user}",
+        "/ghost.core.v1.FleetService/RevokeUser",
+    ),
+    ("GET", "/v1/keys", "/ghost.core.v1.FleetService/ListKeys"),
+    ("POST", "/v1/keys", "/ghost.core.v1.FleetService/CreateKey"),
+    (
+        "DELETE",
+        "/v1/keys/{id}",
+        "/ghost.core.v1.FleetService/RevokeKey",
+    ),
+    ("GET", "/v1/audit", "/ghost.core.v1.FleetService/ListAudit"),
+];
+
+/// Those who can call by HTTP at all: it knows keys alone.
+fn by_http(everybody: Vec<Who>) -> Vec<Who> {
+    let mut all = everybody;
+    all.retain(|who| who.key.is_some() || who.name == "no identity");
+    assert!(all.len() >= 9);
+    all
+}
+
+/// Why a request is refused; `None`: it is not. With `upgrade` it is one for a WebSocket, as a page
+/// makes it, the key among the subprotocols.
+async fn refusal_by_http(
+    world: &World,
+    who: &Who,
+    (method, path): (&str, &str),
+    body: Option<Value>,
+    upgrade: bool,
+) -> Option<String> {
+    let key = who.key.as_deref().unwrap_or_default();
+    let mut request = build(method, path, if upgrade { "" } else { key }, body);
+    if upgrade {
+        let offered = match key {
+            "" => "ghost.v1".to_owned(),
+            key => format!("ghost.v1, bearer.{key}"),
+        };
+        for (name, value) in [
+            ("connection", "upgrade"),
+            ("upgrade", "websocket"),
+            ("sec-websocket-version", "13"),
+            ("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ=="),
+            ("sec-websocket-protocol", offered.as_str()),
+        ] {
+            request.headers_mut().insert(name, value.parse().unwrap());
+        }
+    }
+    let response = send(world, request).await;
+    let status = response.status();
+    if status.is_success() || status.is_informational() {
+        // Streams have no end to read to.
+        return None;
+    }
+    let problem = value(response).await;
+    let code = problem["code"]
+        .as_str()
+        .unwrap_or_else(|| panic!("{status} {problem}"));
+    let wanted = match code {
+        "unauthenticated" => 401,
+        "permission_denied" | "core_permission_denied" => 403,
+        "host_not_found" => 404,
+        _ => status.as_u16(),
+    };
+    assert_eq!(status.as_u16(), wanted, "{method} {path} by {}", who.name);
+    REFUSALS.contains(&code).then(|| code.to_owned())
+}
+
+#[tokio::test]
+async fn every_route_of_core_against_everybody() {
+    let world = World::start().await;
+    let document = serde_json::to_value(http::openapi()).unwrap();
+    let served: BTreeSet<_> = document["paths"]
+        .as_object()
+        .unwrap()
+        .iter()
+        .flat_map(|(path, methods)| {
+            let methods = methods.as_object().unwrap();
+            methods
+                .keys()
+                .map(|method| (method.to_uppercase(), path.clone()))
+        })
+        .collect();
+    let rows = HTTP_ROUTES.iter();
+    let rows: BTreeSet<_> = rows
+        .map(|(method, path, _)| ((*method).to_owned(), (*path).to_owned()))
+        .collect();
+    assert_eq!(rows, served, "each route has a row");
+    let everybody = by_http(everybody(&world).await);
+    let id = uuid::Uuid::new_v4().to_string();
+    let mut reached = 0;
+    for (method, path, rpc) in HTTP_ROUTES {
+        let body = match (*method, *path) {
+            ("POST", "/v1/commands") => {
+                Some(json!({"host": "none", "action": {"start_vm": {"vm": "web"}}}))
+            }
+            ("POST", "/v1/vms") => Some(json!({"name": "web", "image": "tiny"})),
+            ("POST", "/v1/tenants") => Some(json!({"name": "fresh"})),
+            ("POST", "/v1/keys") => Some(json!({"name": "fresh", "role": "viewer"})),
+            ("PATCH", _) => Some(json!({})),
+            _ => None,
+        };
+        // What is named is not there: what is asked for is the door.
+        let path = path
+            .replace("{host}", "none")
+            .replace("{tenant}", "none")
+            .replace("{id}", &id)
+            .replace("{user}", &id);
+        for who in &everybody {
+            let expected = match core_method(rpc) {
+                Some(method) => refused_of_core(who, method),
+                // Core finds a host for it.
+                None => match who.role {
+                    None => Some("unauthenticated"),
+                    Some(role) => (role < Role::Operator).then_some("permission_denied"),
+                },
+            };
+            let refused = refusal_by_http(&world, who, (method, &path), body.clone(), false).await;
+            // Of hosts that are not there there is none, for whoever may ask.
+            let refused = refused.filter(|reason| reason != "host_not_found");
+            assert_eq!(
+                refused.as_deref(),
+                expected,
+                "{method} {path} by {}",
+                who.name
+            );
+            reached += usize::from(refused.is_none());
+        }
+    }
+    assert!(reached > 100, "{reached}");
+}
+
+#[tokio::test]
+async fn every_route_and_websocket_of_a_host_against_everybody() {
+    let world = World::start().await;
+    let everybody = by_http(everybody(&world).await);
+    let (mut reached, mut sockets) = (0, 0);
+    for route in ROUTES.iter().filter(|route| route.path.starts_with("/v1/")) {
+        let path = route
+            .path
+            .replace("{vm}", "web")
+            .replace("{name}", "tiny")
+            .replace("{id}", "0");
+        let is_socket = route.method == "GET" && route.access == Access::Guests;
+        for who in &everybody {
+            let host = if who.fleet { "acme%2Fpc" } else { "pc" };
+            let path = path.replace("/v1/", &format!("/v1/hosts/{host}/"));
+            let expected = refused_of_a_host(who, route.access, route.core);
+            for upgrade in [false, true] {
+                if upgrade && !is_socket {
+                    continue;
+                }
+                let asked = (route.method, path.as_str());
+                let refused = refusal_by_http(&world, who, asked, None, upgrade).await;
+                let what = format!(
+                    "{} {path} by {}, WebSocket: {upgrade}",
+                    route.method, who.name
+                );
+                assert_eq!(refused.as_deref(), expected, "{what}");
+                reached += usize::from(refused.is_none());
+                sockets += usize::from(upgrade && refused.is_none());
+            }
+        }
+    }
+    assert!(
+        reached > 80 && sockets >= 4,
+        "{reached}, {sockets} WebSockets"
+    );
 }

@@ -107,6 +107,25 @@ fn use_it(client: &Client, agent: &Agent, vm: &str, hostname: &str) {
         json!({"agent_id": "somebody-else", "hostname": "somebody-else"}),
     );
     assert_eq!(status, 409);
+    let info = format!("/api/agent/info/{hostname}");
+    let (status, info) = ask("GET", &info, Value::Null);
+    assert_eq!(
+        (status, &info["hostname"], &info["status"]),
+        (200, &json!(hostname), &json!("online"))
+    );
+    let (status, beat) = ask(
+        "POST",
+        "/api/agent/heartbeat",
+        json!({"agent_id": hostname, "timestamp": "2031-01-01T00:00:00Z", "status": "offline", "vm_count": 9}),
+    );
+    assert_eq!((status, &beat["status"]), (200, &json!("online")), "{beat}");
+    // An operator takes no host out of the fleet.
+    let unregister = format!("/api/agent/unregister/{hostname}?force=true");
+    let (status, refused) = ask("DELETE", &unregister, Value::Null);
+    assert_eq!(
+        (status, &refused["code"]),
+        (403, &json!("permission_denied"))
+    );
 
     let (status, made) = ask(
         "POST",
@@ -203,5 +222,20 @@ fn curl_does_all_that_a_client_of_batwa_does() {
         key: key.trim().to_owned(),
     };
     use_it(&through, &agent, &agent.name("fleet"), "pc-at-home");
+
+    // An administrator does, and then it is nobody's any more.
+    let key = admin.ok(&["key", "create", "batwa-admin", "--role", "admin"]);
+    let administrator = Client {
+        port: core.http_port(),
+        key: key.trim().to_owned(),
+    };
+    let unregister = "/api/agent/unregister/pc-at-home";
+    let ask = |path: &str| administrator.ask(agent.folder(), "DELETE", path, &Value::Null);
+    let (status, refused) = ask(unregister);
+    assert_eq!((status, &refused["code"]), (409, &json!("wrong_state")));
+    let (status, gone) = ask(&format!("{unregister}?force=true"));
+    assert_eq!((status, &gone["success"]), (200, &json!(true)), "{gone}");
+    let (_, agents) = administrator.ask(agent.folder(), "GET", "/api/agent/list", &Value::Null);
+    assert_eq!(agents["agents"], json!([]));
     agent.audit();
 }

@@ -33,6 +33,7 @@ mod pull;
 mod random;
 mod remote;
 mod replicas;
+mod replicas_partition;
 mod support;
 mod swarm;
 mod taken_core;

@@ -14,19 +14,19 @@ use ghost_e2e::{http, wait};
 use serde_json::Value;
 
 /// Enrolling, dialling and a first heartbeat, on a busy machine.
-const JOIN: Duration = Duration::from_secs(60);
+pub(crate) const JOIN: Duration = Duration::from_secs(60);
 /// A link that comes back by itself, its back-off included.
-const BACK: Duration = Duration::from_secs(120);
+pub(crate) const BACK: Duration = Duration::from_secs(120);
 
 /// Joins a host of the tenant acme and waits until it is online.
-fn join(core: &Core, agent: &Agent, name: &str) {
+pub(crate) fn join(core: &Core, agent: &Agent, name: &str) {
     let done = agent.enroll(&core.host_token("acme"), name);
     assert_eq!(done.code, 0, "{}{}", done.stdout, done.stderr);
     core.wait_host(name, "online", JOIN);
 }
 
 /// `ghostctl --host NAME` at a replica, as the fleet's administrator.
-fn at(core: &Core, host: &str) -> Ctl {
+pub(crate) fn at(core: &Core, host: &str) -> Ctl {
     core.ctl().with_env("GHOST_HOST", host)
 }
 
@@ -63,13 +63,13 @@ fn end(mut child: Child) -> (i32, String) {
 }
 
 /// Operations of a host of a kind, in all its history.
-fn operations(agent: &Agent, kind: &str) -> usize {
+pub(crate) fn operations(agent: &Agent, kind: &str) -> usize {
     let all = agent.ctl().json(&["operation", "list", "--all"]);
     let of_kind = |one: &&Value| one["kind"].as_str().is_some_and(|one| one.contains(kind));
     all.as_array().unwrap().iter().filter(of_kind).count()
 }
 
-fn wait_command(core: &Core, id: &str, status: &str) {
+pub(crate) fn wait_command(core: &Core, id: &str, status: &str) {
     wait::until_ok(&format!("the command is {status}"), BACK, || {
         let told = core.ctl().run(&["command", "show", id, "-o", "json"]);
         let command: Value = serde_json::from_str(&told.stdout).unwrap_or_default();
@@ -82,7 +82,7 @@ fn wait_command(core: &Core, id: &str, status: &str) {
 }
 
 /// Does something until it succeeds, as scripts do where an error says that it may be tried again.
-fn surely(ctl: &Ctl, arguments: &[&str]) {
+pub(crate) fn surely(ctl: &Ctl, arguments: &[&str]) {
     wait::until_ok(&arguments.join(" "), Duration::from_secs(30), || {
         let done = ctl.run(arguments);
         if done.code == 0 {
@@ -317,23 +317,22 @@ fn without_etcd_reads_go_on_changes_are_refused_and_all_comes_back() {
         assert_eq!(http::get(core.http_port(), "/ready").unwrap().status, 503);
         assert_eq!(http::get(core.http_port(), "/live").unwrap().status, 200);
     }
-    // Longer than the lease: nobody may have the host, and nobody acts on it. On it all goes on.
-    wait::until_ok("the link is given up", JOIN, || {
-        let state = replicas.cores[0].host("pc")["state"].to_string();
-        let links: usize = replicas
-            .cores
-            .iter()
-            .filter(|core| core.log().contains("its hosts are given up"))
-            .count();
-        if links == 2 && state == "\"offline\"" {
-            Ok(())
-        } else {
-            Err(format!("{state}, {links} gave up"))
-        }
-    });
+    // Longer than the lease: both lost theirs, so that nobody can have taken the host from either.
     for core in &replicas.cores {
-        at(core, "pc").fails(&["list"], 5, "host_offline");
+        wait::until("its lease is lost", JOIN, || {
+            core.log()
+                .contains("this replica's lease was lost")
+                .then_some(())
+        });
     }
+    for core in &replicas.cores {
+        // By the replica that has its link, and forwarded by the other.
+        at(core, "pc").ok(&["list"]);
+        let queue = ["vm", "start", "any", "--queue=10m"];
+        at(core, "pc").fails(&queue, 1, "store_unavailable");
+    }
+    let owner = replicas.owner_of("pc");
+    assert_eq!(replicas.cores[owner].host("pc")["state"], "online");
     assert_eq!(agent.ctl().run(&["list"]).code, 0);
 
     replicas.etcd.start_all();
@@ -352,7 +351,7 @@ fn without_etcd_reads_go_on_changes_are_refused_and_all_comes_back() {
 
 #[test]
 fn every_replica_tells_of_what_was_asked_of_each() {
-    let replicas = Replicas::start();
+    let mut replicas = Replicas::start();
     let agent = AgentBuilder::simulated().start();
     agent.import_tiny();
     join(&replicas.cores[0], &agent, "pc");
@@ -422,6 +421,58 @@ fn every_replica_tells_of_what_was_asked_of_each() {
             .ok(&[&["vm", "create", &name, "--image", "tiny"], &TINY[..]].concat());
         read("data:");
     }
+
+    // By ghostctl too. Of a replica that does not run it says so, and gives what there is.
+    let told = |core: &Core| core.ctl().run(&["audit", "list", "-o", "json"]);
+    let by = |lines: &str, name: &str| {
+        let lines: Value = serde_json::from_str(lines).expect("JSON");
+        let of = |line: &&Value| line["replica"] == name && line["sequence"] != 0;
+        lines.as_array().expect("a list").iter().filter(of).count()
+    };
+    let whole = told(&replicas.cores[0]);
+    assert_eq!(
+        (whole.code, whole.stderr.as_str()),
+        (0, ""),
+        "{}",
+        whole.stderr
+    );
+    let (a, b) = (by(&whole.stdout, "a"), by(&whole.stdout, "b"));
+    assert!(a > 0 && b > 0, "{a} and {b} lines");
+    replicas.cores[1].kill();
+    let partial = wait::until_ok("the lines of b are missed", JOIN, || {
+        let partial = told(&replicas.cores[0]);
+        // Until its lease is over it counts as one that runs and does not answer.
+        if partial.stderr.contains("does not run") {
+            Ok(partial)
+        } else {
+            Err(format!("{} {}", partial.code, partial.stderr))
+        }
+    });
+    let error = ctl::failed(&partial, 5, "core_unreachable", "audit list").unwrap();
+    assert!(
+        error["message"].as_str().unwrap().contains(" b "),
+        "{error}"
+    );
+    assert!(error["hint"].as_str().is_some_and(|hint| !hint.is_empty()));
+    assert!(by(&partial.stdout, "a") >= a);
+    assert_eq!(by(&partial.stdout, "b"), 0);
+    let shown = replicas.cores[0].ctl().run(&["audit", "list"]);
+    assert_eq!(shown.code, 5);
+    assert!(
+        shown.stderr.contains("the lines of b are missing"),
+        "{}",
+        shown.stderr
+    );
+    replicas.cores[1].start();
+    replicas.wait_joined(0, 2);
+    let whole = wait::until_ok("nothing is missed any more", JOIN, || {
+        let whole = told(&replicas.cores[0]);
+        (whole.code == 0)
+            .then_some(whole.stdout)
+            .ok_or(whole.stderr)
+    });
+    assert!(by(&whole, "b") >= b);
+    agent.audit();
 }
 
 #[test]

@@ -70,3 +70,46 @@ fn an_agent_knows_no_fleet() {
     let person = Person::new();
     insta::assert_snapshot!(person.says_all(&["host list", "vm list --all-hosts"]));
 }
+
+#[test]
+fn the_audit_log_of_the_fleet_says_whose_lines_are_missing() {
+    let person = Person::of_core();
+    let whole = person.says("audit list --limit 1");
+    assert!(
+        whole.contains("acme/alice") && whole.contains("core-1"),
+        "{whole}"
+    );
+    assert!(
+        whole.trim_end().ends_with("[exit 0]") || !whole.contains("[exit"),
+        "{whole}"
+    );
+    let partial = person.says("audit list");
+    for part in [
+        "acme/alice",
+        "error: the lines of core-2 are missing",
+        "cause: the replica core-2 does not run",
+        "try: ",
+        "[exit 5]",
+    ] {
+        assert!(partial.contains(part), "no {part:?} in {partial}");
+    }
+    let args = ["audit", "list", "-o", "json"];
+    let output = person.run(&mut person.ghostctl(&args));
+    assert_eq!(output.status.code(), Some(5));
+    let lines: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(lines[0]["replica"], "core-1");
+    assert_eq!(
+        (&lines[1]["replica"], &lines[1]["sequence"]),
+        (&"core-2".into(), &0.into())
+    );
+    let told: serde_json::Value = serde_json::from_slice(&output.stderr).unwrap();
+    assert_eq!(told["error"]["code"], "core_unreachable");
+    assert!(
+        told["error"]["hint"]
+            .as_str()
+            .is_some_and(|hint| !hint.is_empty())
+    );
+    // On a host it is the host's own log.
+    let own = person.says("--host pc audit list");
+    assert!(own.contains("printf"), "{own}");
+}

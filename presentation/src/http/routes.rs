@@ -29,6 +29,12 @@ impl Route {
         self
     }
 
+    /// What Core does itself, by the role alone.
+    const fn of_the_fleet(mut self) -> Self {
+        self.core = CoreReach::Plain;
+        self
+    }
+
     /// Through Ghost Core as what enters guests, though the host's own people need not be let in.
     const fn shows_guests(mut self) -> Self {
         self.core = CoreReach::Enter;
@@ -182,6 +188,11 @@ pub const BATWA_ROUTES: &[Route] = &[
     // It acknowledges and changes nothing.
     unary("POST", "/api/agent/register", Viewer),
     unary("GET", "/api/agent/list", Viewer),
+    unary("GET", "/api/agent/info/{agent_id}", Viewer),
+    // So does this: what is known of a host comes over its own link.
+    unary("POST", "/api/agent/heartbeat", Viewer),
+    // Of Core, which reaches no host for it; by an agent it is refused to everybody.
+    unary("DELETE", "/api/agent/unregister/{agent_id}", Admin).of_the_fleet(),
     unary("GET", "/api/vm/list", Viewer),
     unary("GET", "/api/vm/info/{vm_name}", Viewer),
     unary("POST", "/api/vm/create", Operator),

@@ -924,6 +924,13 @@ pub mod enrolment_service_server {
         const NAME: &'static str = SERVICE_NAME;
     }
 }
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetLeaseRequest {}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetLeaseResponse {
+    #[prost(bool, tag = "1")]
+    pub may_have_hosts: bool,
+}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CarriedBytes {
     #[prost(bytes = "bytes", tag = "1")]
@@ -3717,6 +3724,32 @@ pub mod replica_service_client {
                 .insert(GrpcMethod::new("ghost.core.v1.ReplicaService", "ListOwnAudit"));
             self.inner.server_streaming(req, path, codec).await
         }
+        /// Whether this replica may have hosts now: it has a lease, and the store answers it. One that has
+        /// lost its own asks, to know whether another one can take its hosts.
+        pub async fn get_lease(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GetLeaseRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetLeaseResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/ghost.core.v1.ReplicaService/GetLease",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("ghost.core.v1.ReplicaService", "GetLease"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -3761,6 +3794,15 @@ pub mod replica_service_server {
             request: tonic::Request<super::ListOwnAuditRequest>,
         ) -> std::result::Result<
             tonic::Response<Self::ListOwnAuditStream>,
+            tonic::Status,
+        >;
+        /// Whether this replica may have hosts now: it has a lease, and the store answers it. One that has
+        /// lost its own asks, to know whether another one can take its hosts.
+        async fn get_lease(
+            &self,
+            request: tonic::Request<super::GetLeaseRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetLeaseResponse>,
             tonic::Status,
         >;
     }
@@ -3975,6 +4017,51 @@ pub mod replica_service_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/ghost.core.v1.ReplicaService/GetLease" => {
+                    #[allow(non_camel_case_types)]
+                    struct GetLeaseSvc<T: ReplicaService>(pub Arc<T>);
+                    impl<
+                        T: ReplicaService,
+                    > tonic::server::UnaryService<super::GetLeaseRequest>
+                    for GetLeaseSvc<T> {
+                        type Response = super::GetLeaseResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::GetLeaseRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as ReplicaService>::get_lease(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GetLeaseSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)

@@ -11,6 +11,7 @@ use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use super::Desk;
+use super::replica::stay_known;
 use crate::application::fleet::Fleet;
 
 /// How often what hosts said of themselves is stored, where it changed.
@@ -19,6 +20,9 @@ const KEEP: Duration = Duration::from_secs(3);
 const TOGETHER: usize = 16;
 /// How often queues are looked through for what waited too long.
 const SWEEP: Duration = Duration::from_secs(2);
+
+/// How often it is looked whether this replica has to say again that it is there.
+const KNOWN: Duration = Duration::from_secs(3600);
 
 /// Which hosts said something new of themselves.
 #[derive(Debug, Default)]
@@ -52,6 +56,16 @@ pub(super) fn start(desk: &Arc<Desk>, stop: CancellationToken) {
         KEEP,
         stop.clone(),
         async |desk| desk.keeper.keep(&desk.fleet).await,
+    ));
+    tokio::spawn(repeat(
+        Arc::downgrade(desk),
+        KNOWN,
+        stop.clone(),
+        async |desk| {
+            if let Err(error) = stay_known(&desk.fleet, &desk.options.replica).await {
+                tracing::warn!(%error, "this replica cannot say that it is there");
+            }
+        },
     ));
     tokio::spawn(repeat(Arc::downgrade(desk), SWEEP, stop, async |desk| {
         if let Err(error) = desk.commands().sweep().await {

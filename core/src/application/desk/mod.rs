@@ -38,6 +38,7 @@ pub use messages::{
     ControlReader, ControlWriter, FromHost, Goodbye, HostHeartbeat, HostHello, HostLinkFacts,
     ToHost, Welcome,
 };
+pub use replica::{MISSED_FOR, OtherReplicas};
 pub use session::Digest;
 
 use self::keeper::Keeper;

@@ -8,6 +8,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use ghost_domain::fleet::{CommandOutcome, CommandStatus, FleetCommand, VmSummary};
@@ -324,6 +325,11 @@ impl<R: ControlReader, W: ControlWriter> Session<R, W> {
                     let message = format!("a newer link leads to the replica {}", owner.replica);
                     return Seen::Goodbye(Goodbye::new("replaced", message));
                 }
+                // Kept while nobody may have it ([`super::replica`]); what is queued waits for the
+                // owner to be written again, whose revision is part of each command's epoch.
+                None if self.desk.leaseless.load(Ordering::SeqCst) => {
+                    return Seen::Commands(Vec::new());
+                }
                 None => {
                     let message = "this replica lost the host";
                     return Seen::Goodbye(Goodbye::new("not_the_owner", message));
@@ -403,8 +409,13 @@ impl<R: ControlReader, W: ControlWriter> Session<R, W> {
     fn done(&mut self, done: Done) -> Result<()> {
         match done {
             Done::Marked(Ok(commands)) => {
+                // Without an owner there is no epoch for them: they go out once there is one.
+                let owned = self
+                    .desk
+                    .fleet
+                    .read(|state| state.owner(self.host).is_some());
                 for command in commands {
-                    if command.generation > self.sent {
+                    if owned && command.generation > self.sent {
                         self.send(command)?;
                     }
                 }

@@ -62,6 +62,7 @@ pub struct FleetState {
     keys: BTreeMap<CredentialId, Versioned<Arc<FleetKey>>>,
     tokens: BTreeMap<CredentialId, Versioned<Arc<JoinToken>>>,
     replicas: BTreeMap<String, Versioned<Replica>>,
+    known_replicas: BTreeMap<String, Versioned<Replica>>,
     epoch: Option<Versioned<u64>>,
     core_id: Option<Versioned<String>>,
     authority: Option<Versioned<String>>,
@@ -327,6 +328,11 @@ impl FleetState {
         self.replicas.get(name).map(|one| &one.value)
     }
 
+    /// The replicas that ran lately, those that run included; `since` is when each last said so.
+    pub fn known_replicas(&self) -> impl ExactSizeIterator<Item = &Replica> {
+        self.known_replicas.values().map(|one| &one.value)
+    }
+
     /// VMs of all hosts as they are stored: the host, its inventory, the VM.
     pub fn find_vm(&self, id: VmId) -> Option<&Arc<HostRecord>> {
         self.inventories
@@ -357,6 +363,7 @@ impl FleetState {
             K::Key(id) => self.keys.get(id).map(|one| one.version),
             K::Token(id) => self.tokens.get(id).map(|one| one.version),
             K::Replica(name) => self.replicas.get(name).map(|one| one.version),
+            K::KnownReplica(name) => self.known_replicas.get(name).map(|one| one.version),
             K::Epoch => self.epoch.as_ref().map(|one| one.version),
             K::CoreId => self.core_id.as_ref().map(|one| one.version),
             K::Authority => self.authority.as_ref().map(|one| one.version),
@@ -423,6 +430,10 @@ impl FleetState {
             .replicas
             .iter()
             .map(|(name, one)| (K::Replica(name.clone()), one.version));
+        let known_replicas = self
+            .known_replicas
+            .iter()
+            .map(|(name, one)| (K::KnownReplica(name.clone()), one.version));
         let epoch = self.epoch.iter().map(|one| (K::Epoch, one.version));
         let core_id = self.core_id.iter().map(|one| (K::CoreId, one.version));
         let authority = self.authority.iter().map(|one| (K::Authority, one.version));
@@ -437,6 +448,7 @@ impl FleetState {
             .chain(keys)
             .chain(tokens)
             .chain(replicas)
+            .chain(known_replicas)
             .chain(epoch)
             .chain(core_id)
             .chain(authority)
@@ -536,6 +548,13 @@ impl FleetState {
                     _ => None,
                 };
                 put_or_remove(&mut self.replicas, name, record, version);
+            }
+            (RecordKey::KnownReplica(name), record) => {
+                let record = match record {
+                    Some(Record::KnownReplica(replica)) => Some(replica),
+                    _ => None,
+                };
+                put_or_remove(&mut self.known_replicas, name, record, version);
             }
             (RecordKey::Epoch, record) => {
                 self.epoch = match record {

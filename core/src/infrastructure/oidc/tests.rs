@@ -41,6 +41,8 @@ struct Answers {
     keys: Lock<Vec<Value>>,
     fetches: AtomicU32,
     away: Lock<bool>,
+    /// Asked, it says nothing until it is told to.
+    hangs: Lock<Option<Arc<tokio::sync::Notify>>>,
 }
 
 /// An issuer on this machine.
@@ -65,12 +67,17 @@ impl Issuer {
             keys: Lock::default(),
             fetches: AtomicU32::new(0),
             away: Lock::new(false),
+            hangs: Lock::new(None),
         });
         async fn discovery(State(answers): State<Arc<Answers>>) -> Answer {
             if *answers.away.lock() {
                 return Err(axum::http::StatusCode::SERVICE_UNAVAILABLE);
             }
             answers.fetches.fetch_add(1, Ordering::SeqCst);
+            let hangs = answers.hangs.lock().clone();
+            if let Some(told) = hangs {
+                told.notified().await;
+            }
             let issuer = &answers.issuer;
             Ok(Json(
                 json!({"issuer": issuer, "jwks_uri": format!("{issuer}/keys")}),
@@ -283,15 +290,64 @@ async fn a_signature_that_is_not_the_issuers_is_worth_nothing() {
         .as_str()
         .unwrap()
         .to_owned();
+    // However it is written down: as in the set, as a point, as DER and PEM (RFC 8725, section 2.1).
+    let jwk = world.issuer.answers.keys.lock()[0].clone();
+    let part = |name: &str| URL_SAFE_NO_PAD.decode(jwk[name].as_str().unwrap()).unwrap();
+    let point = [vec![4], part("x"), part("y")].concat();
+    // SubjectPublicKeyInfo of a key on P-256 (RFC 5480): a head that is always the same, and the point.
+    let mut der = b"\x30\x59\x30\x13\x06\x07\x2a\x86\x48\xce\x3d\x02\x01\x06\x08\x2a\x86\x48\xce\x3d\x03\x01\x07\x03\x42\x00".to_vec();
+    der.extend_from_slice(&point);
+    let pem = format!(
+        "-----BEGIN PUBLIC KEY-----\n{}\n-----END PUBLIC KEY-----\n",
+        base64::engine::general_purpose::STANDARD.encode(&der)
+    );
+    let secrets = [
+        public.into_bytes(),
+        jwk.to_string().into_bytes(),
+        point,
+        der,
+        pem.into_bytes(),
+    ];
+    for secret in secrets {
+        for algorithm in [Algorithm::HS256, Algorithm::HS384, Algorithm::HS512] {
+            for id in [Some("one".to_owned()), None] {
+                let mut header = Header::new(algorithm);
+                header.kid = id;
+                let key = EncodingKey::from_secret(&secret);
+                let tricked = encode(&header, &claims, &key).unwrap();
+                assert_eq!(code(&tricked).await, refused, "{algorithm:?}");
+            }
+        }
+    }
+    // And the good key under the name of an algorithm that it is not for.
+    let other = json!({"alg": "RS256", "kid": "one"});
+    let renamed = format!(
+        "{}.{}.{}",
+        URL_SAFE_NO_PAD.encode(other.to_string()),
+        parts[1],
+        parts[2]
+    );
+    assert_eq!(code(&renamed).await, refused);
+}
+
+#[tokio::test]
+async fn a_key_of_the_set_that_is_no_public_one_verifies_nothing() {
+    let world = World::new().await;
+    let secret = b"known to whoever reads the set, 32 octets and more";
+    world.issuer.answers.keys.lock().push(json!({
+        "kty": "oct", "kid": "shared", "alg": "HS256", "k": URL_SAFE_NO_PAD.encode(secret),
+    }));
     let mut header = Header::new(Algorithm::HS256);
-    header.kid = Some("one".into());
-    let tricked = encode(
-        &header,
-        &claims,
-        &EncodingKey::from_secret(public.as_bytes()),
-    )
-    .unwrap();
-    assert_eq!(code(&tricked).await, refused);
+    header.kid = Some("shared".into());
+    let signed = encode(&header, &world.claims(), &EncodingKey::from_secret(secret)).unwrap();
+    let error = world
+        .verifier
+        .verify(&Secret::new(signed))
+        .await
+        .unwrap_err();
+    assert_eq!(error.code(), ErrorCode::Unauthenticated);
+    // It costs nobody the others.
+    world.verify(&world.claims()).await.unwrap();
 }
 
 #[tokio::test]
@@ -316,6 +372,18 @@ async fn new_keys_are_fetched_when_they_are_used_and_not_more_often() {
         assert!(world.verifier.verify(&token).await.is_err());
     }
     assert_eq!(world.issuer.fetches(), 2);
+    assert_eq!(world.issuer.fetches(), 2);
+    world.clock.turn(Duration::from_secs(31));
+    for _ in 0..5 {
+        assert!(
+            world
+                .verifier
+                .verify(&strange.sign(&world.claims()))
+                .await
+                .is_err()
+        );
+    }
+    assert_eq!(world.issuer.fetches(), 3);
     // A key that the issuer took back is good for an hour at most.
     world.issuer.answers.keys.lock().remove(0);
     world.clock.turn(Duration::from_secs(3601));
@@ -335,6 +403,56 @@ async fn an_issuer_that_is_away_is_not_needed_for_a_day() {
     *world.issuer.answers.away.lock() = false;
     world.clock.turn(Duration::from_secs(31));
     world.verify(&world.claims()).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_issuer_that_cannot_be_reached_lets_nobody_in_and_says_so() {
+    let world = World::new().await;
+    // A port that nobody listens at: bound, and given back.
+    let port = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let issuer = format!("http://{}", port.local_addr().unwrap());
+    drop(port);
+    let options = OidcOptions {
+        issuer: issuer.clone(),
+        ..world.verifier.options.clone()
+    };
+    let verifier = OidcVerifier::new(options, Arc::clone(&world.fleet)).unwrap();
+    let token = world.signer.sign(&world.with("iss", json!(issuer)));
+    let error = verifier.verify(&token).await.unwrap_err();
+    assert_eq!(error.code(), ErrorCode::Unauthenticated);
+    assert!(error.message().contains("cannot be fetched"), "{error}");
+    assert!(error.retry_delay().is_some());
+    // It is not asked again at once, whoever comes.
+    let again = verifier.verify(&token).await.unwrap_err();
+    assert!(again.cause().unwrap().contains("no such key"), "{again}");
+}
+
+#[tokio::test]
+async fn an_issuer_that_does_not_answer_keeps_nobody_waiting_whose_key_is_known() {
+    let world = Arc::new(World::new().await);
+    world.verify(&world.claims()).await.unwrap();
+    let told = Arc::new(tokio::sync::Notify::new());
+    *world.issuer.answers.hangs.lock() = Some(Arc::clone(&told));
+    world.clock.turn(Duration::from_secs(31));
+    // Somebody with a key that nobody knows has the issuer asked.
+    let late = json!(world.clock.now().unix_millis() / 1000 + 20_000);
+    let second = world.issuer.add("two").sign(&world.with("exp", late));
+    let asking = tokio::spawn({
+        let world = Arc::clone(&world);
+        async move { world.verifier.verify(&second).await.map(drop) }
+    });
+    while world.issuer.fetches() < 2 {
+        tokio::task::yield_now().await;
+    }
+    for age in [0, 3600] {
+        // Fresh, and due to be fetched anew.
+        world.clock.turn(Duration::from_secs(age));
+        world.verify(&world.claims()).await.unwrap();
+    }
+    assert!(!asking.is_finished());
+    assert_eq!(world.issuer.fetches(), 2);
+    told.notify_one();
+    asking.await.unwrap().unwrap();
 }
 
 #[tokio::test]

@@ -312,7 +312,11 @@ pub(super) fn all() -> Vec<(RecordKey, Record)> {
     ));
     all.push((
         RecordKey::Replica("core-1".into()),
-        Record::Replica(replica),
+        Record::Replica(replica.clone()),
+    ));
+    all.push((
+        RecordKey::KnownReplica("core-1".into()),
+        Record::KnownReplica(replica),
     ));
     all.push((RecordKey::Epoch, Record::Epoch(u64::MAX)));
     all.push((RecordKey::CoreId, Record::CoreId("c".into())));

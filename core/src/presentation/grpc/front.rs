@@ -235,6 +235,11 @@ impl Front {
         }))
     }
 
+    /// The way through to hosts and to other replicas.
+    pub fn router(&self) -> &Arc<Router> {
+        &self.parts.router
+    }
+
     /// Serves one HTTP/2 connection until its peer leaves or, once `shutdown` was cancelled, its
     /// calls have ended. Drop it to cut the connection.
     pub async fn serve<I>(self: &Arc<Self>, io: I, peer: Peer)

@@ -157,6 +157,12 @@ pub const CORE_METHODS: &[CoreMethod] = &[
         shape: Shape::Stream,
         audited: false,
     },
+    CoreMethod {
+        path: "/ghost.core.v1.ReplicaService/GetLease",
+        access: Replica,
+        shape: Shape::Unary,
+        audited: false,
+    },
     // Core's own operators, as ghostctl knows them from a host's agent.
     changes(
         "/ghost.agent.v1.AccessService/CreateToken",

@@ -270,12 +270,7 @@ impl Routed {
         self.router
             .forward(&onward, request)
             .await
-            .map_err(|error| match error.code() {
-                ErrorCode::HostOffline | ErrorCode::CoreUnreachable => {
-                    self.offline(host, method.path, error)
-                }
-                _ => error,
-            })
+            .map_err(|error| self.unreached(host, method.path, &onward.target, error))
     }
 
     /// Where the host's link is.
@@ -309,13 +304,27 @@ impl Routed {
         }
     }
 
-    /// What is said of a host that cannot be reached: since when, and what can be done.
-    pub(in crate::presentation) fn offline(
+    /// The error of a call that did not get to its host, by the way that it went.
+    pub(in crate::presentation) fn unreached(
         &self,
         host: &HostRecord,
         path: &str,
-        cause: Error,
+        target: &Target,
+        error: Error,
     ) -> Error {
+        match (error.code(), target) {
+            (ErrorCode::HostOffline | ErrorCode::CoreUnreachable, Target::Replica { name, .. }) => {
+                unheard(host, name, &error)
+            }
+            (ErrorCode::HostOffline | ErrorCode::CoreUnreachable, _) => {
+                self.offline(host, path, error)
+            }
+            _ => error,
+        }
+    }
+
+    /// What is said of a host that cannot be reached: since when, and what can be done.
+    fn offline(&self, host: &HostRecord, path: &str, cause: Error) -> Error {
         let heard = self
             .fleet
             .host_view(host.id)
@@ -380,6 +389,18 @@ impl Routed {
             disk: ByteSize::default(),
         }
     }
+}
+
+/// What is said of a host whose link another replica has, which does not answer here: the host itself
+/// may be well.
+fn unheard(host: &HostRecord, replica: &str, cause: &Error) -> Error {
+    Error::new(
+        ErrorCode::HostOffline,
+        format!("the host {} cannot be reached from here", host.name),
+    )
+    .because(format!("its link is at the replica {replica}: {cause}"))
+    .hint("ask that replica itself, at its own address, or again in a moment; ghostctl status tells which run")
+    .retry_after(cause.retry_delay().unwrap_or(Duration::from_secs(5)))
 }
 
 /// How long ago something was, for people.

@@ -165,6 +165,15 @@ impl Backend for Fleet {
         }
     }
 
+    async fn unregister(&self, asker: &Asker, agent_id: &str, force: bool) -> Result<()> {
+        let request = message::RemoveHostRequest {
+            host: agent_id.to_owned(),
+            force,
+        };
+        let _: message::RemoveHostResponse = self.ask(asker, "RemoveHost", &request).await?;
+        Ok(())
+    }
+
     async fn vms(&self, asker: &Asker, wanted: Wanted) -> Result<Vec<BatwaVm>> {
         let request = message::ListFleetVmsRequest {
             host: wanted.agent_id.unwrap_or_default(),

@@ -30,6 +30,7 @@ use crate::application::quota_check::{Reserved, Wanted};
 use crate::domain::{Caller, HostRecord};
 use crate::presentation::grpc::front::{Door, Entered};
 use crate::presentation::grpc::routed::labels;
+use crate::presentation::route::Target;
 use crate::presentation::route::headers::{stays_here, strip, vouch};
 
 /// Most bytes of a body that Core reads itself: those of VMs that are made or changed.
@@ -417,18 +418,16 @@ impl Shell {
         onward: &Onward,
         request: Request,
     ) -> Result<Response, Failure> {
-        let sent = self.send(&entered, onward, request).await;
-        match sent {
-            Err(error) => {
-                let error = match error.code() {
-                    ErrorCode::HostOffline | ErrorCode::CoreUnreachable => self
-                        .front
-                        .routed
-                        .offline(&entered.host, &onward.path, error),
-                    _ => error,
-                };
-                Err(self.refuse(entered, error).await)
+        let routed = &self.front.routed;
+        let sent = match routed.target(&entered.host, false) {
+            Err(error) => Err(error),
+            Ok(target) => {
+                let sent = self.send(&entered, onward, &target, request).await;
+                sent.map_err(|error| routed.unreached(&entered.host, &onward.path, &target, error))
             }
+        };
+        match sent {
+            Err(error) => Err(self.refuse(entered, error).await),
             Ok(response) => {
                 let status = response.status();
                 if let Some(audit) = entered.audit {
@@ -449,13 +448,13 @@ impl Shell {
         &self,
         entered: &Entered,
         onward: &Onward,
+        target: &Target,
         mut request: Request,
     ) -> Result<Response> {
         let host = &entered.host;
-        let target = self.front.routed.target(host, false)?;
         let ours = onward.upgrades.then(|| hyper::upgrade::on(&mut request));
         let router = &self.front.parts.router;
-        let stream = router.stream(&target, host.id, host.name.as_str()).await?;
+        let stream = router.stream(target, host.id, host.name.as_str()).await?;
         let broken = |cause: hyper::Error| {
             Error::new(
                 ErrorCode::AgentUnreachable,

@@ -30,6 +30,7 @@ use ghost_proto::core::v1::{FleetAuditEntry, ListOwnAuditRequest};
 use tokio::time::Instant;
 use tonic::body::Body;
 
+use crate::application::desk::OtherReplicas;
 use crate::application::links::{ByteStream, HostLinks};
 use crate::domain::{Caller, Replica};
 use pool::Pool;
@@ -85,6 +86,38 @@ const LONGEST_AUDIT: Duration = Duration::from_secs(10);
 /// So much later than its caller's deadline Core ends a call by itself: the host does it better.
 const GRACE: Duration = Duration::from_millis(500);
 
+/// How long another replica may take to say whether it may have hosts.
+const LONGEST_LEASE: Duration = Duration::from_secs(4);
+
+/// The way to another replica.
+fn to(replica: &Replica) -> Target {
+    Target::Replica {
+        name: replica.name.clone(),
+        address: replica.address.clone(),
+    }
+}
+
+fn silent(replica: &Replica) -> Error {
+    Error::new(
+        ErrorCode::CoreUnreachable,
+        format!("the replica {} does not answer", replica.name),
+    )
+}
+
+#[async_trait]
+impl OtherReplicas for Router {
+    async fn may_have_hosts(&self, replica: &Replica) -> Result<bool> {
+        let target = to(replica);
+        let asked = async {
+            let lease = self.pool.lease(&target, "of nobody").await?;
+            replica::may_have_hosts(lease).await
+        };
+        tokio::time::timeout(LONGEST_LEASE, asked)
+            .await
+            .map_err(|_| silent(replica))?
+    }
+}
+
 /// Carries calls to hosts.
 #[derive(Debug)]
 pub struct Router {
@@ -137,23 +170,14 @@ impl Router {
         replica: &Replica,
         request: ListOwnAuditRequest,
     ) -> Result<Vec<FleetAuditEntry>> {
-        let target = Target::Replica {
-            name: replica.name.clone(),
-            address: replica.address.clone(),
-        };
+        let target = to(replica);
         let asked = async {
             let lease = self.pool.lease(&target, "of nobody").await?;
             replica::audit(lease, request).await
         };
-        let silent = |_| {
-            Error::new(
-                ErrorCode::CoreUnreachable,
-                format!("the replica {} does not answer", replica.name),
-            )
-        };
         tokio::time::timeout(LONGEST_AUDIT, asked)
             .await
-            .map_err(silent)?
+            .map_err(|_| silent(replica))?
     }
 
     /// Carries a call to its host and gives back the head of the answer; its body goes on by itself.

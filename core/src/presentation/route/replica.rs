@@ -9,7 +9,7 @@ use futures::{FutureExt, StreamExt};
 use ghost_domain::{HostId, Result};
 use ghost_proto::core::metadata;
 use ghost_proto::core::v1::replica_service_client::ReplicaServiceClient;
-use ghost_proto::core::v1::{CarriedBytes, FleetAuditEntry, ListOwnAuditRequest};
+use ghost_proto::core::v1::{CarriedBytes, FleetAuditEntry, GetLeaseRequest, ListOwnAuditRequest};
 use hyper::client::conn::http2::SendRequest;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio_util::io::ReaderStream;
@@ -111,4 +111,12 @@ pub(super) async fn audit(
             Err(status) => return Err(error_of(&status)),
         }
     }
+}
+
+/// Whether the replica at the other end of a connection may have hosts.
+pub(super) async fn may_have_hosts(lease: Lease) -> Result<bool> {
+    let mut client = ReplicaServiceClient::new(Leased(lease.sender()));
+    let answer = client.get_lease(GetLeaseRequest {}).await;
+    let answer = answer.map_err(|status| error_of(&status))?;
+    Ok(answer.into_inner().may_have_hosts)
 }

@@ -408,7 +408,36 @@ impl FleetService for Fake {
 
     type ListAuditStream = Stream<FleetAuditEntry>;
 
-    async fn list_audit(&self, _: Request<ListFleetAuditRequest>) -> Answer<Self::ListAuditStream> {
-        Err(Status::unimplemented("not asked for"))
+    async fn list_audit(
+        &self,
+        request: Request<ListFleetAuditRequest>,
+    ) -> Answer<Self::ListAuditStream> {
+        self.core()?;
+        let request = self.note(request);
+        let mut entries = vec![Ok(FleetAuditEntry {
+            sequence: 1,
+            at: moment(-60),
+            principal: "acme/alice".to_owned(),
+            tenant: "acme".to_owned(),
+            source: "key".to_owned(),
+            action: "ghost.core.v1.FleetService/UpdateHost".to_owned(),
+            host: id_of("host", "pc"),
+            outcome: "ok".to_owned(),
+            request_id: "r-1".to_owned(),
+            replica: "core-1".to_owned(),
+            ..FleetAuditEntry::default()
+        })];
+        // Whoever asks for more than one line learns that some are missing.
+        if request.limit != 1 {
+            entries.push(Ok(FleetAuditEntry {
+                at: moment(0),
+                action: "ghost.core.v1.FleetService/ListAudit".to_owned(),
+                outcome: "core_unreachable".to_owned(),
+                detail: "the replica core-2 does not run".to_owned(),
+                replica: "core-2".to_owned(),
+                ..FleetAuditEntry::default()
+            }));
+        }
+        Ok(Response::new(Box::pin(tokio_stream::iter(entries))))
     }
 }

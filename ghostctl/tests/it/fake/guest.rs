@@ -830,6 +830,7 @@ impl GuestService for Fake {
         &self,
         request: Request<ListAuditRequest>,
     ) -> Answer<Self::ListAuditStream> {
+        self.needs_host(&request)?;
         let request = self.note(request);
         refuse(&request.vm)?;
         let entries = (1..=2).map(|sequence| AuditEntry {

@@ -44,6 +44,40 @@ pub(super) struct RegisterBody {
     tags: Option<IgnoredAny>,
 }
 
+/// An agent that says how it is. Nothing of it is believed.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = BatwaHeartbeat)]
+pub(super) struct HeartbeatBody {
+    /// The name or id under which the host joined the fleet.
+    pub(super) agent_id: String,
+    /// Ignored: by Core's own clock.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    #[expect(dead_code, reason = "taken and thrown away")]
+    timestamp: Option<IgnoredAny>,
+    /// Ignored: by what comes over the host's link.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    #[expect(dead_code, reason = "taken and thrown away")]
+    status: Option<IgnoredAny>,
+    /// Ignored: the VMs themselves are known.
+    #[serde(default)]
+    #[schema(value_type = Option<u32>)]
+    #[expect(dead_code, reason = "taken and thrown away")]
+    vm_count: Option<IgnoredAny>,
+}
+
+/// Whether a host that is in use is removed too.
+#[derive(Clone, Copy, Debug, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct UnregisterQuery {
+    /// Also one that is online, or for which commands wait.
+    #[serde(default)]
+    pub(super) force: bool,
+}
+
 /// That a host is known.
 #[derive(Clone, Debug, Serialize, ToSchema)]
 #[schema(as = BatwaRegistered)]

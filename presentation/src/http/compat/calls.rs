@@ -13,8 +13,9 @@ use super::super::extract::{Body, IdempotencyKey, Name, Query};
 use super::super::guest::{Captured, collect};
 use super::super::problem::Problem;
 use super::bodies::{
-    AgentList, AgentQuery, BatwaVm, Changed, CreateBody, DeleteBody, ExecuteBody, Executed,
-    RegisterBody, Registered, StartBody, StopBody, VmList,
+    AgentList, AgentQuery, BatwaAgent, BatwaVm, Changed, CreateBody, DeleteBody, ExecuteBody,
+    Executed, HeartbeatBody, RegisterBody, Registered, StartBody, StopBody, UnregisterQuery,
+    VmList,
 };
 use super::{Answer, Asker, Backend, Batwa, Begun, Change, Wanted};
 use crate::convert;
@@ -42,6 +43,14 @@ pub(super) async fn register(
         }
         known => known,
     };
+    acknowledged(
+        known,
+        "the host is known by its own enrolment; nothing was changed",
+    )
+}
+
+/// The answer to a host that says something of itself by a key.
+fn acknowledged(known: Result<BatwaAgent>, message: &str) -> Answer {
     let agent = known.map_err(|error| match error.code() {
         ErrorCode::HostNotFound => Error::new(
             ErrorCode::NotEnrolled,
@@ -55,12 +64,73 @@ pub(super) async fn register(
     })?;
     let registered = Registered {
         success: true,
-        message: "the host is known by its own enrolment; nothing was changed".to_owned(),
+        message: message.to_owned(),
         agent_id: agent.agent_id,
         hostname: agent.hostname,
         status: agent.status,
     };
     Ok(Json(registered).into_response())
+}
+
+/// Acknowledge a heartbeat
+///
+/// It changes nothing, whatever it says: a host is online by what comes over its own link. The
+/// answer tells whether it is. One that has not joined is refused.
+#[utoipa::path(post, path = "/api/agent/heartbeat", tag = "batwa", request_body = HeartbeatBody,
+    security(("bearer" = []), ("key" = [])),
+    responses((status = 200, body = Registered), (status = "default", body = Problem)))]
+pub(super) async fn heartbeat(
+    State(batwa): State<Batwa>,
+    asker: Asker,
+    Body(body): Body<HeartbeatBody>,
+) -> Answer {
+    let known = batwa.agent(&asker, &body.agent_id).await;
+    acknowledged(
+        known,
+        "the host is known; whether it is online is told by its own link",
+    )
+}
+
+/// Show an agent
+#[utoipa::path(get, path = "/api/agent/info/{agent_id}", tag = "batwa",
+    params(("agent_id" = String, Path, description = "Its name or id; %2F for the slash of tenant/name")),
+    security(("bearer" = []), ("key" = [])),
+    responses((status = 200, body = BatwaAgent), (status = "default", body = Problem)))]
+pub(super) async fn agent_info(
+    State(batwa): State<Batwa>,
+    asker: Asker,
+    Name(agent_id): Name,
+) -> Answer {
+    let agent = batwa.agent(&asker, &agent_id).await?;
+    Ok(Json(agent).into_response())
+}
+
+/// Take a host out of the fleet
+///
+/// Its identity is good for nothing from then on; its VMs go on. One that is online, or for which
+/// commands wait, only with `force`. An agent does not do that by a key: its owner does.
+#[utoipa::path(delete, path = "/api/agent/unregister/{agent_id}", tag = "batwa",
+    params(UnregisterQuery, ("agent_id" = String, Path, description = "Its name or id; %2F for the slash of tenant/name")),
+    security(("bearer" = []), ("key" = [])),
+    responses((status = 200, body = Registered), (status = "default", body = Problem)))]
+pub(super) async fn unregister(
+    State(batwa): State<Batwa>,
+    asker: Asker,
+    Name(agent_id): Name,
+    Query(query): Query<UnregisterQuery>,
+) -> Answer {
+    let agent = batwa.agent(&asker, &agent_id).await?;
+    batwa
+        .unregister(&asker, &agent.agent_id, query.force)
+        .await?;
+    let removed = Registered {
+        success: true,
+        message: "the host is not in the fleet any more; its VMs go on".to_owned(),
+        agent_id: agent.agent_id,
+        hostname: agent.hostname,
+        status: "offline".to_owned(),
+    };
+    Ok(Json(removed).into_response())
 }
 
 /// List agents

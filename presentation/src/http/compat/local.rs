@@ -123,6 +123,17 @@ impl Backend for Local {
             .ok_or_else(|| Error::internal("a host does not know itself"))
     }
 
+    async fn unregister(&self, asker: &Asker, agent_id: &str, _: bool) -> Result<()> {
+        principal(asker)?;
+        self.is_here(Some(agent_id))?;
+        Err(Error::new(
+            ErrorCode::WrongState,
+            "a host is not taken out of its fleet by a key of its own",
+        )
+        .because("this is an agent; the fleet's list is Core's")
+        .hint("on this host: ghost-agent unenroll; at Core: ghostctl host remove NAME"))
+    }
+
     async fn vms(&self, asker: &Asker, wanted: Wanted) -> Result<Vec<BatwaVm>> {
         let caller = principal(asker)?;
         self.is_here(wanted.agent_id.as_deref())?;

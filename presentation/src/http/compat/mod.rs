@@ -10,6 +10,7 @@
 //! Where the original was at fault this differs on purpose:
 //! - every route needs the key, the terminal included, and no key in an address is taken;
 //! - `execute` runs a program in a guest and never anything on the host;
+//! - a heartbeat by key makes no host online: that is what comes over its link;
 //! - a registration enrols nobody and `api_url` is never dialled: a host proves who it is by its
 //!   certificate;
 //! - what is not there is 404 and not 500; pages of other origins get no terminal.
@@ -119,6 +120,11 @@ pub trait Backend: Send + Sync + 'static {
     /// # Errors
     /// `HostNotFound`.
     async fn agent(&self, asker: &Asker, agent_id: &str) -> Result<BatwaAgent>;
+    /// Takes a host out of the fleet; one that is in use only with `force`. Its VMs go on.
+    ///
+    /// # Errors
+    /// `HostNotFound`, `WrongState`.
+    async fn unregister(&self, asker: &Asker, agent_id: &str, force: bool) -> Result<()>;
     /// VMs by host and name.
     async fn vms(&self, asker: &Asker, wanted: Wanted) -> Result<Vec<BatwaVm>>;
     /// Makes a VM, on a host or where there is room.
@@ -232,6 +238,9 @@ fn described() -> OpenApiRouter<Batwa> {
     OpenApiRouter::new()
         .routes(routes!(calls::register))
         .routes(routes!(calls::list_agents))
+        .routes(routes!(calls::agent_info))
+        .routes(routes!(calls::heartbeat))
+        .routes(routes!(calls::unregister))
         .routes(routes!(calls::list_vms))
         .routes(routes!(calls::vm_info))
         .routes(routes!(calls::create_vm))

@@ -108,6 +108,38 @@ async fn a_registration_acknowledges_and_enrols_nobody() {
 }
 
 #[tokio::test]
+async fn an_agent_tells_of_itself_and_leaves_its_fleet_by_nobodys_key() {
+    let shell = here().await;
+    let get = async |path: &str| shell.ask("GET", path, &[], "").await;
+    let listed = get("/api/agent/list").await.json();
+    let name = listed["agents"][0]["agent_id"].as_str().unwrap().to_owned();
+    let info = get(&format!("/api/agent/info/{name}")).await;
+    assert_eq!(
+        (info.status, &info.json()),
+        (StatusCode::OK, &listed["agents"][0])
+    );
+    let elsewhere = get("/api/agent/info/elsewhere").await;
+    assert_eq!(elsewhere.status, StatusCode::NOT_FOUND);
+    let body = format!(r#"{{"agent_id": "{name}", "status": "offline", "vm_count": 0}}"#);
+    let beat = shell.ask("POST", "/api/agent/heartbeat", &[], &body).await;
+    assert_eq!(
+        (beat.status, &beat.json()["status"]),
+        (StatusCode::OK, &"online".into())
+    );
+    let path = format!("/api/agent/unregister/{name}?force=true");
+    let refused = shell.ask("DELETE", &path, &[], "").await;
+    assert_eq!(refused.status, StatusCode::CONFLICT);
+    let problem = refused.json();
+    assert_eq!(problem["code"], "wrong_state");
+    assert!(
+        problem["hint"]
+            .as_str()
+            .unwrap()
+            .contains("ghost-agent unenroll")
+    );
+}
+
+#[tokio::test]
 async fn vms_are_made_started_stopped_and_deleted() {
     let shell = here().await;
     let post = async |path: &str, body: serde_json::Value| {

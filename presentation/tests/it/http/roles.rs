@@ -12,6 +12,7 @@ async fn status_of(shell: &Shell, method: &str, path: &str, key: Option<&str>) -
     let path = path
         .replace("{vm}", "web")
         .replace("{vm_name}", "web")
+        .replace("{agent_id}", "elsewhere")
         .replace("{name}", "tiny")
         .replace("{id}", "0");
     let mut request = Request::builder().method(method).uri(path);

@@ -54,7 +54,7 @@ impl Lease {
             .compare_exchange(id, 0, Ordering::SeqCst, Ordering::SeqCst)
             .is_ok()
         {
-            tracing::error!("the lease in etcd was lost; all links of this replica are given up");
+            tracing::error!("the lease in etcd was lost");
             self.losses.send_modify(|losses| *losses += 1);
         }
     }

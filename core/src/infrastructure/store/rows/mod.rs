@@ -54,6 +54,7 @@ pub(super) fn name(key: &RecordKey) -> String {
         K::Key(id) => format!("key/{id}"),
         K::Token(id) => format!("token/{id}"),
         K::Replica(name) => format!("replica/{name}"),
+        K::KnownReplica(name) => format!("known/{name}"),
         K::Epoch => "epoch".into(),
         K::CoreId => "core".into(),
         K::Authority => "authority".into(),
@@ -79,6 +80,7 @@ pub(super) fn key(name: &str) -> Result<RecordKey> {
         ["key", id] => K::Key(id.parse()?),
         ["token", id] => K::Token(id.parse()?),
         ["replica", name] => K::Replica((*name).to_owned()),
+        ["known", name] => K::KnownReplica((*name).to_owned()),
         ["epoch"] => K::Epoch,
         ["core"] => K::CoreId,
         ["authority"] => K::Authority,
@@ -105,7 +107,9 @@ pub(super) fn encode(record: &Record) -> Result<Vec<u8>> {
         Record::User(user) => pack(&identity::UserRow::from(user)),
         Record::Key(key) => pack(&identity::KeyRow::from(key)),
         Record::Token(token) => pack(&identity::TokenRow::from(token)),
-        Record::Replica(replica) => pack(&host::ReplicaRow::from(replica)),
+        Record::Replica(replica) | Record::KnownReplica(replica) => {
+            pack(&host::ReplicaRow::from(replica))
+        }
         Record::Epoch(epoch) => pack(epoch),
         Record::CoreId(text) | Record::Authority(text) => pack(text),
     }
@@ -139,6 +143,7 @@ pub(super) fn decode(key: &RecordKey, bytes: &[u8]) -> Result<Record> {
             K::Key(_) => Record::Key(unpack::<identity::KeyRow>(bytes)?.try_into()?),
             K::Token(_) => Record::Token(unpack::<identity::TokenRow>(bytes)?.try_into()?),
             K::Replica(_) => Record::Replica(unpack::<host::ReplicaRow>(bytes)?.into()),
+            K::KnownReplica(_) => Record::KnownReplica(unpack::<host::ReplicaRow>(bytes)?.into()),
             K::Epoch => Record::Epoch(unpack(bytes)?),
             K::CoreId => Record::CoreId(unpack(bytes)?),
             K::Authority => Record::Authority(unpack(bytes)?),

@@ -28,6 +28,7 @@ fn the_samples_have_one_of_each_kind() {
         "host",
         "inventory",
         "key",
+        "known",
         "name",
         "owner",
         "replica",

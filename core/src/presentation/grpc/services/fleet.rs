@@ -24,7 +24,7 @@ use crate::application::accounts::{
     WhoJoins, tenant_of,
 };
 use crate::application::audit::{FleetAudit, FleetAuditQuery};
-use crate::application::desk::{CommandRequest, Desk};
+use crate::application::desk::{CommandRequest, Desk, MISSED_FOR};
 use crate::application::fleet::{Fleet, HostChanges, HostView};
 use crate::application::health::problems_with;
 use crate::application::hosts::{
@@ -33,7 +33,7 @@ use crate::application::hosts::{
 use crate::application::quota_check::{Admission, Reserved, Wanted};
 use crate::application::vms::{ListVms, ListVmsQuery};
 use crate::domain::ports::FleetAuthority;
-use crate::domain::{Caller, QueuedCommand as CommandRecord};
+use crate::domain::{Caller, QueuedCommand as CommandRecord, Replica as ReplicaRecord};
 use crate::presentation::convert;
 use crate::presentation::route::Router;
 
@@ -197,15 +197,27 @@ impl Fleets {
         convert::command(command, host)
     }
 
-    /// The newest lines of the logs of all replicas that run, oldest first. Each replica has a log of
-    /// its own, of what it was asked; a log that cannot be read has a line that says so.
+    /// The newest lines of the logs of all replicas, oldest first. Each replica has a log of its own,
+    /// of what it was asked; a log that cannot be read, or whose replica does not run, has a line
+    /// that says so.
     async fn audit_of_all(&self, query: FleetAuditQuery) -> Result<Vec<FleetAuditEntry>> {
         let limit = query.limit;
-        let others: Vec<_> = self.fleet.read(|state| {
-            let all = state.replicas();
-            all.filter(|one| one.name != self.replica)
-                .cloned()
-                .collect()
+        let now = self.now();
+        let (others, away): (Vec<ReplicaRecord>, Vec<ReplicaRecord>) = self.fleet.read(|state| {
+            let others = state.replicas().filter(|one| one.name != self.replica);
+            let away = state.known_replicas().filter(|one| {
+                one.name != self.replica
+                    && state.replica(&one.name).is_none()
+                    && now.since(one.since) < MISSED_FOR
+            });
+            (others.cloned().collect(), away.cloned().collect())
+        });
+        let away = away.into_iter().map(|replica| {
+            let error = Error::new(
+                ErrorCode::CoreUnreachable,
+                format!("the replica {} does not run", replica.name),
+            );
+            self.unread(replica.name, &error)
         });
         let asked = ListOwnAuditRequest {
             tenant: query
@@ -232,6 +244,7 @@ impl Fleets {
             .into_iter()
             .map(|entry| convert::audit(entry, &self.replica))
             .chain(told.into_iter().flatten())
+            .chain(away)
             .collect();
         let at = |entry: &FleetAuditEntry| {
             entry
@@ -253,7 +266,7 @@ impl Fleets {
             at: Some(ghost_presentation::convert::timestamp(self.now())),
             action: "ghost.core.v1.FleetService/ListAudit".to_owned(),
             outcome: error.code().as_str().to_owned(),
-            detail: "the lines of this replica are missing here".to_owned(),
+            detail: format!("the lines of this replica are missing here: {error}"),
             replica,
             ..FleetAuditEntry::default()
         }

@@ -152,6 +152,7 @@ pub(super) fn routes(
     .add_service(ReplicaServiceServer::new(replica::Replicas {
         links: Arc::clone(&parts.links),
         audit: Arc::clone(&parts.audit),
+        desk: Arc::clone(&parts.desk),
         replica: options.replica.clone(),
     }))
     .add_service(HealthServer::new(health))

@@ -10,23 +10,28 @@ use ghost_presentation::grpc::status::to_status;
 use ghost_proto::core::metadata;
 use ghost_proto::core::v1::replica_service_server::ReplicaService;
 use ghost_proto::core::v1::{
-    CarriedBytes, FleetAuditEntry, ListOwnAuditRequest, OwnsRequest, OwnsResponse,
+    CarriedBytes, FleetAuditEntry, GetLeaseRequest, GetLeaseResponse, ListOwnAuditRequest,
+    OwnsRequest, OwnsResponse,
 };
 use tokio_util::io::ReaderStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{Answer, answer};
 use crate::application::audit::{FleetAudit, FleetAuditQuery};
+use crate::application::desk::Desk;
 use crate::application::links::HostLinks;
 use crate::presentation::convert;
 use crate::presentation::route::replica::pour;
 
 /// Bytes of one message of a carried stream.
 const CHUNK: usize = 32 * 1024;
+/// How long the store may take to answer before it counts as away.
+const STORE_TIME: Duration = Duration::from_secs(2);
 
 pub(super) struct Replicas {
     pub(super) links: Arc<dyn HostLinks>,
     pub(super) audit: Arc<dyn FleetAudit>,
+    pub(super) desk: Arc<Desk>,
     /// This replica's name.
     pub(super) replica: String,
 }
@@ -62,6 +67,13 @@ impl ReplicaService for Replicas {
             })),
             Err(error) => answer(Err(error)),
         }
+    }
+
+    async fn get_lease(&self, _: Request<GetLeaseRequest>) -> Answer<GetLeaseResponse> {
+        let asked = tokio::time::timeout(STORE_TIME, self.desk.may_have_hosts()).await;
+        Ok(Response::new(GetLeaseResponse {
+            may_have_hosts: asked.unwrap_or(false),
+        }))
     }
 
     async fn carry(&self, request: Request<Streaming<CarriedBytes>>) -> Answer<Self::CarryStream> {
