@@ -455,9 +455,8 @@ async fn refusal_by_http(
         return None;
     }
     let problem = value(response).await;
-    let code = problem["code"]
-        .as_str()
-        .unwrap_or_else(|| panic!("{status} {problem}"));
+    // What the door says has a code; without one it is the host's agent that answered.
+    let code = problem["code"].as_str()?;
     let wanted = match code {
         "unauthenticated" => 401,
         "permission_denied" | "core_permission_denied" => 403,

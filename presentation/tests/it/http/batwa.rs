@@ -128,6 +128,10 @@ async fn an_agent_tells_of_itself_and_leaves_its_fleet_by_nobodys_key() {
     );
     let path = format!("/api/agent/unregister/{name}?force=true");
     let refused = shell.ask("DELETE", &path, &[], "").await;
+    assert_eq!(refused.status, StatusCode::FORBIDDEN, "an operator");
+    let admin = shell.world.key(Role::Admin).await;
+    let request = Request::delete(&path).header("x-api-key", admin);
+    let refused = shell.send(request.body(Body::empty()).unwrap()).await;
     assert_eq!(refused.status, StatusCode::CONFLICT);
     let problem = refused.json();
     assert_eq!(problem["code"], "wrong_state");
