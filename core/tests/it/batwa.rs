@@ -106,6 +106,7 @@ async fn every_route_against_everybody() {
     world.add_key(scoped).await;
     let viewer = world.new_key(Some("acme"), Role::Viewer).await;
     let operator = world.new_key(Some("acme"), Role::Operator).await;
+    let admin = world.new_key(Some("acme"), Role::Admin).await;
     let stranger = world.new_key(Some("other"), Role::Admin).await;
     let everybody = [
         ("no identity", "", None, false),
@@ -115,6 +116,7 @@ async fn every_route_against_everybody() {
         ("garbage", "nonsense", None, false),
         ("viewer", viewer.as_str(), Some(Role::Viewer), true),
         ("operator", operator.as_str(), Some(Role::Operator), true),
+        ("admin", admin.as_str(), Some(Role::Admin), true),
         ("other tenant", stranger.as_str(), Some(Role::Admin), false),
         (
             "key for another host",
@@ -165,6 +167,10 @@ async fn every_route_against_everybody() {
                     "/ws" => assert!(answer.0 == 400 || answer.0 == 404, "{what}"),
                     _ => assert_eq!(answer.0, 404, "{what}"),
                 },
+                // The host is online, and nobody said force.
+                Some(_) if route.path.starts_with("/api/agent/unregister/") => {
+                    assert_eq!(code(&answer), (409, "wrong_state"), "{what}");
+                }
                 // Without an upgrade it is no WebSocket, but that is asked last.
                 Some(_) if route.path == "/ws" => assert_eq!(answer.0, 400, "{what}"),
                 Some(_) => {
@@ -174,7 +180,7 @@ async fn every_route_against_everybody() {
             }
         }
     }
-    assert_eq!(reached, 17);
+    assert_eq!(reached, 28);
 }
 
 #[tokio::test]
