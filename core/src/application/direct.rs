@@ -665,6 +665,27 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn another_address_is_dialled_and_the_way_to_the_one_before_ends() {
+        let scene = scene().await;
+        scene.link(&[GOOD]);
+        scene.until("used", |info| info.used.is_some()).await;
+        let before = scene.directs.number(scene.host).await;
+        let other = "10.1.2.3:9090";
+        scene.link(&[other]);
+        let used = |info: &DirectInfo| info.used.as_deref() == Some(other);
+        scene.until("used there", used).await;
+        assert_ne!(scene.directs.number(scene.host).await, before);
+        let dialled = [GOOD, other].map(|one| one.parse().unwrap());
+        assert_eq!(*scene.world.dialled.lock(), dialled);
+        assert_eq!(scene.world.closed.load(Ordering::SeqCst), 1);
+        // And none at all.
+        scene.link(&[]);
+        tokio::time::sleep(LINGER * 2).await;
+        assert_eq!(scene.directs.number(scene.host).await, None);
+        assert_eq!(scene.world.closed.load(Ordering::SeqCst), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn what_may_not_be_dialled_is_named_and_what_does_not_answer_tells_nothing() {
         let scene = scene().await;
         scene.link(&["169.254.169.254:9090"]);

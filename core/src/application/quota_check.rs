@@ -8,19 +8,27 @@
 //! Replicas see each other by the records: where a quota applies, [`Admission::hold`] writes the
 //! reservation there too, decided on what is stored, and takes effect only where no other replica
 //! came between. So the quota holds to the last VM, whichever replica is asked.
+//!
+//! Where a create goes is written there too, before it is sent ([`Admission::send`]): repeated with
+//! the same request id it goes to the same host, whichever replica is asked, also after a restart.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use ghost_domain::fleet::CommandAction;
-use ghost_domain::{Demand, Error, ErrorCode, HostId, Monotonic, Result, Role, TenantName};
+use ghost_domain::{
+    Demand, Error, ErrorCode, HostId, Monotonic, Result, Role, TenantName, Timestamp,
+};
 use parking_lot::{Mutex, MutexGuard};
+use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use super::fleet::{Fleet, FleetState, HostView};
 use super::placement::{Ask, Candidate, Placed, USUAL_DEMAND, place};
-use crate::domain::{Caller, CallerSource, HeldRoom, Quota, Record, RecordKey, Tenant, Usage};
+use crate::domain::{
+    Caller, CallerSource, HeldRoom, HostRecord, Quota, Record, RecordKey, SentCreate, Tenant, Usage,
+};
 
 /// So long a VM that was asked for counts without a word of its host: a create that takes longer has
 /// its record, and the host's next heartbeat, long before.
@@ -29,6 +37,8 @@ const RESERVED_FOR: Duration = Duration::from_secs(120);
 const REMEMBERED_FOR: Duration = Duration::from_secs(3600);
 /// Most requests that are remembered; beyond it the oldest are forgotten.
 const MOST_REMEMBERED: usize = 100_000;
+/// So many that are over are forgotten with each new one.
+const FORGOTTEN_AT_ONCE: usize = 8;
 
 /// What a create without a host asks.
 #[derive(Clone, Debug)]
@@ -77,8 +87,6 @@ struct Reservation {
 struct Book {
     next: u64,
     reservations: HashMap<u64, Reservation>,
-    /// The host that a request went to, by its caller and idempotency key.
-    sent: HashMap<(String, String), (HostId, String, Monotonic)>,
 }
 
 /// Admits VMs.
@@ -184,6 +192,39 @@ pub struct Admitted {
     pub reserved: Option<Reserved>,
 }
 
+impl Admitted {
+    /// To where the request went before.
+    fn again(host: &HostRecord) -> Self {
+        Self {
+            host: host.id,
+            placed: Placed {
+                host: host.id,
+                name: host.name.as_str().to_owned(),
+                reason: "the request went there before".to_owned(),
+                rejected: Vec::new(),
+            },
+            reserved: None,
+        }
+    }
+}
+
+/// Under what it is written down where a request went: whoever calls has request ids of its own.
+fn sent_as(caller: &Caller, request_id: &str) -> Uuid {
+    let mut hash = Sha256::new_with_prefix(b"ghost-create-v1\0");
+    hash.update(caller.full_name());
+    hash.update(b"\0");
+    hash.update(request_id);
+    let [half @ .., _, _, _, _, _, _, _, _, _, _, _, _, _, _, _, _]: [u8; 32] =
+        hash.finalize().into();
+    Uuid::from_bytes(half)
+}
+
+/// Where a request went, while that is remembered and the host is there.
+fn known(state: &FleetState, id: Uuid, now: Timestamp) -> Option<(&SentCreate, &Arc<HostRecord>)> {
+    let sent = state.sent(id).filter(|sent| sent.until > now)?;
+    Some((sent, state.host(sent.host)?))
+}
+
 /// What the records say of a tenant at one moment. Taken while the book is open, so that a VM is
 /// seen in it or in the book, never in neither.
 struct Snapshot {
@@ -275,14 +316,6 @@ impl Book {
             });
             !told
         });
-        self.sent.retain(|_, (_, _, until)| *until > now);
-        if self.sent.len() > MOST_REMEMBERED {
-            let mut ends: Vec<Monotonic> = self.sent.values().map(|(_, _, end)| *end).collect();
-            ends.sort_unstable();
-            if let Some(middle) = ends.get(ends.len() / 2).copied() {
-                self.sent.retain(|_, (_, _, until)| *until > middle);
-            }
-        }
     }
 
     fn held(&self, wanted: impl Fn(&Reservation) -> bool) -> Usage {
@@ -384,29 +417,21 @@ impl Admission {
     }
 
     /// Chooses a host for a VM and holds the room on it. The same request by the same caller goes
-    /// to the same host again.
+    /// to the same host again. [`Self::send`] is to follow.
     ///
     /// # Errors
     /// `NoHostFits`, `QuotaExceeded`, `TenantNotFound`.
     pub fn anywhere(&self, caller: &Caller, wanted: &Wanted) -> Result<Admitted> {
         let demand = with_usual(wanted.demand);
-        let mut book = self.settled();
-        let repeated = wanted
-            .request_id
-            .as_ref()
-            .map(|id| (caller.full_name(), id.clone()));
-        if let Some((host, name, _)) = repeated.as_ref().and_then(|key| book.sent.get(key)) {
-            return Ok(Admitted {
-                host: *host,
-                placed: Placed {
-                    host: *host,
-                    name: name.clone(),
-                    reason: "the request went there before".to_owned(),
-                    rejected: Vec::new(),
-                },
-                reserved: None,
-            });
+        let now = self.fleet.clock().now();
+        let id = wanted.request_id.as_deref().map(|id| sent_as(caller, id));
+        let known = self
+            .fleet
+            .read(|state| Some(known(state, id?, now)?.1.clone()));
+        if let Some(host) = known {
+            return Ok(Admitted::again(&host));
         }
+        let mut book = self.settled();
         let placed = self.choose(&book, caller, wanted, true)?;
         let reserved = self.reserve(
             &mut book,
@@ -417,16 +442,61 @@ impl Admission {
             1,
             demand,
         );
-        if let Some(key) = repeated {
-            let until = self.fleet.clock().monotonic().after(REMEMBERED_FOR);
-            book.sent
-                .insert(key, (placed.host, placed.name.clone(), until));
-        }
         Ok(Admitted {
             host: placed.host,
             placed,
             reserved: Some(reserved),
         })
+    }
+
+    /// Writes down that a create is about to be sent to the host that was chosen, or learns where it
+    /// went before: by a replica that was asked first, or by this one before it was started again.
+    /// Costs nothing where the caller gave no request id.
+    ///
+    /// # Errors
+    /// `StoreUnavailable`; those of [`Self::anywhere`].
+    pub async fn send(
+        &self,
+        caller: &Caller,
+        wanted: &Wanted,
+        mut admitted: Admitted,
+    ) -> Result<Admitted> {
+        let Some(id) = wanted.request_id.as_deref().map(|id| sent_as(caller, id)) else {
+            return Ok(admitted);
+        };
+        loop {
+            let (host, fresh) = (admitted.host, admitted.reserved.is_some());
+            let now = self.fleet.clock().now();
+            let gone = self.fleet.transact(|state| {
+                let mut draft = state.draft();
+                let before = known(state, id, now);
+                if before.is_none() && !fresh {
+                    // It was sent there before, and meanwhile it is certain that it made nothing.
+                    return Ok(draft.done(None));
+                }
+                let again = before.map(|(_, host)| Arc::clone(host));
+                let sent = SentCreate {
+                    host: before.map_or(host, |(sent, _)| sent.host),
+                    attempts: before.map_or(0, |(sent, _)| sent.attempts) + 1,
+                    until: now.after(REMEMBERED_FOR),
+                };
+                draft.put(RecordKey::Sent(id), Record::Sent(sent));
+                let beyond = state.all_sent().len().saturating_sub(MOST_REMEMBERED - 1);
+                let over = state.all_sent().enumerate().take(FORGOTTEN_AT_ONCE).filter(
+                    |(place, (until, one))| *one != id && (*place < beyond || *until <= now),
+                );
+                for (_, (_, one)) in over {
+                    draft.delete(RecordKey::Sent(one));
+                }
+                Ok(draft.done(Some(again)))
+            });
+            match gone.await? {
+                Some(None) => return Ok(admitted),
+                // The room is held by whoever was first.
+                Some(Some(before)) => return Ok(Admitted::again(&before)),
+                None => admitted = self.anywhere(caller, wanted)?,
+            }
+        }
     }
 
     /// Where a VM would go. Holds nothing.
@@ -552,10 +622,30 @@ impl Admission {
         Ok(Some(reserved))
     }
 
-    /// The request did not reach its host, and may go to another one when it is repeated.
-    pub fn forget(&self, caller: &Caller, request_id: &str) {
-        let key = (caller.full_name(), request_id.to_owned());
-        self.book.lock().sent.remove(&key);
+    /// A request that was sent certainly made nothing: where that holds for all attempts, the next
+    /// one may go to another host.
+    pub async fn forget(&self, caller: &Caller, request_id: &str) {
+        let id = sent_as(caller, request_id);
+        let forgotten = self.fleet.transact(|state| {
+            let mut draft = state.draft();
+            match state.sent(id) {
+                Some(sent) if sent.attempts > 1 => {
+                    let sent = SentCreate {
+                        attempts: sent.attempts - 1,
+                        ..sent.clone()
+                    };
+                    draft.put(RecordKey::Sent(id), Record::Sent(sent));
+                }
+                Some(_) => {
+                    draft.delete(RecordKey::Sent(id));
+                }
+                None => {}
+            }
+            Ok(draft.done(()))
+        });
+        if let Err(error) = forgotten.await {
+            tracing::warn!(%error, "a create that made nothing goes to the same host when it is repeated");
+        }
     }
 
     fn settled(&self) -> MutexGuard<'_, Book> {
@@ -1012,19 +1102,126 @@ mod tests {
         let (fleet, _) = fleet(Quota::default(), Quota::default(), &["a", "b"]).await;
         let admission = Admission::new(fleet);
         let alice = caller("alice");
-        let first = admission.anywhere(&alice, &wanted(Some("r-1"))).unwrap();
+        let send = async |caller: &Caller, id: &str| {
+            let wanted = wanted(Some(id));
+            let admitted = admission.anywhere(caller, &wanted).unwrap();
+            admission.send(caller, &wanted, admitted).await.unwrap()
+        };
+        let first = send(&alice, "r-1").await;
         assert_eq!(first.placed.name, "a");
-        let second = admission.anywhere(&alice, &wanted(Some("r-2"))).unwrap();
+        let second = send(&alice, "r-2").await;
         assert_eq!(second.placed.name, "b");
-        let again = admission.anywhere(&alice, &wanted(Some("r-1"))).unwrap();
+        let again = send(&alice, "r-1").await;
         assert_eq!(again.host, first.host);
         assert!(again.reserved.is_none());
         // Another caller's key is another key.
-        let other = admission.anywhere(&caller("bob"), &wanted(Some("r-1")));
-        assert!(other.unwrap().reserved.is_some());
-        // One that never arrived may go elsewhere.
-        admission.forget(&alice, "r-1");
-        let anew = admission.anywhere(&alice, &wanted(Some("r-1"))).unwrap();
-        assert!(anew.reserved.is_some());
+        let other = send(&caller("bob"), "r-1").await;
+        assert!(other.reserved.is_some());
+        // One that never arrived may go elsewhere, once that is certain of every attempt.
+        admission.forget(&alice, "r-1").await;
+        assert!(send(&alice, "r-1").await.reserved.is_none());
+        admission.forget(&alice, "r-1").await;
+        admission.forget(&alice, "r-1").await;
+        assert!(send(&alice, "r-1").await.reserved.is_some());
+    }
+
+    #[tokio::test]
+    async fn a_repeated_request_goes_to_the_same_host_whichever_replica_is_asked() {
+        let shared = Arc::new(SharedMemory::default());
+        let store = MemoryStore::shared(&shared);
+        let none = Quota::default();
+        let (_owner, _) = fleet_on(store, none, none, &["a", "b"]).await;
+        let alice = caller("alice");
+        let replica = async || {
+            let store = MemoryStore::shared(&shared);
+            let clock = Arc::new(SystemClock::new());
+            Admission::new(Fleet::start(store, clock).await.unwrap())
+        };
+        let (one, two) = (replica().await, replica().await);
+        let wanted = wanted(Some("r-1"));
+        // Both are asked before either knows of the other.
+        let (here, there) = (
+            one.anywhere(&alice, &wanted).unwrap(),
+            // Something else that came first here makes this one choose another host.
+            {
+                let _taken = two.anywhere(
+                    &caller("bob"),
+                    &super::Wanted {
+                        request_id: None,
+                        ..wanted.clone()
+                    },
+                );
+                two.anywhere(&alice, &wanted).unwrap()
+            },
+        );
+        let (first, second) = tokio::join!(
+            one.send(&alice, &wanted, here),
+            two.send(&alice, &wanted, there)
+        );
+        let (first, second) = (first.unwrap(), second.unwrap());
+        assert_eq!(first.host, second.host);
+        let held = [&first, &second].map(|one| one.reserved.is_some());
+        assert_eq!(
+            held.iter().filter(|held| **held).count(),
+            1,
+            "the room is held once"
+        );
+        // And one that is started only now.
+        let late = replica().await;
+        let again = late.anywhere(&alice, &wanted).unwrap();
+        let again = late.send(&alice, &wanted, again).await.unwrap();
+        assert_eq!(again.host, first.host);
+        assert!(again.reserved.is_none());
+        // One attempt that failed for certain says nothing of the other two.
+        two.forget(&alice, "r-1").await;
+        two.forget(&alice, "r-1").await;
+        let again = one.anywhere(&alice, &wanted).unwrap();
+        assert!(
+            one.send(&alice, &wanted, again)
+                .await
+                .unwrap()
+                .reserved
+                .is_none()
+        );
+    }
+
+    #[tokio::test]
+    async fn what_is_remembered_of_requests_ends_and_is_cleared_away() {
+        let (fleet, _) = fleet(Quota::default(), Quota::default(), &["a"]).await;
+        let admission = Admission::new(Arc::clone(&fleet));
+        let alice = caller("alice");
+        let host = admission.anywhere(&alice, &wanted(None)).unwrap().host;
+        let old = |number: u128| {
+            (
+                Uuid::from_u128(number),
+                SentCreate {
+                    host,
+                    attempts: 1,
+                    until: Timestamp::from_unix_millis(1000),
+                },
+            )
+        };
+        fleet
+            .transact(|state| {
+                let mut draft = state.draft();
+                for (id, sent) in (0..20).map(old) {
+                    draft.put(RecordKey::Sent(id), Record::Sent(sent));
+                }
+                let over = SentCreate { ..old(0).1 };
+                draft.put(RecordKey::Sent(sent_as(&alice, "r-1")), Record::Sent(over));
+                Ok(draft.done(()))
+            })
+            .await
+            .unwrap();
+        for number in 1..=4 {
+            let wanted = wanted(Some(&format!("r-{number}")));
+            let admitted = admission.anywhere(&alice, &wanted).unwrap();
+            let sent = admission.send(&alice, &wanted, admitted).await.unwrap();
+            assert!(sent.reserved.is_some(), "r-1 is over, the others are new");
+        }
+        fleet.read(|state| {
+            assert_eq!(state.all_sent().len(), 4);
+            assert!(state.sent(sent_as(&alice, "r-1")).is_some());
+        });
     }
 }

@@ -1,10 +1,9 @@
 //! What a host last said of itself. Kept durably where it changed, so that a restart of Core knows
 //! the VMs of hosts that are away.
 
-use std::collections::BTreeMap;
+use ghost_domain::{ByteSize, Demand, HostResources, Timestamp};
 
-use ghost_domain::fleet::VmSummary;
-use ghost_domain::{ByteSize, Demand, HostResources, Timestamp, VmId};
+use super::ToldVms;
 
 /// How a host is.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
@@ -25,7 +24,7 @@ pub struct HostHealth {
 #[derive(Clone, Debug, PartialEq, Default)]
 pub struct Inventory {
     /// VMs.
-    pub vms: BTreeMap<VmId, VmSummary>,
+    pub vms: ToldVms,
     /// What the host has.
     pub total: HostResources,
     /// What VMs may have together.

@@ -15,6 +15,7 @@ pub mod ports;
 mod quota;
 mod record;
 mod tenant;
+mod told;
 
 pub use caller::{Caller, CallerSource};
 pub use command::QueuedCommand;
@@ -27,6 +28,7 @@ pub use host::{
 pub use identity::{FleetKey, JoinToken, MachineHash, TokenKind, User, UserSource};
 pub use inventory::{HostHealth, Inventory};
 pub use peer::PeerIdentity;
-pub use quota::{HeldRoom, Quota, Usage};
+pub use quota::{HeldRoom, Quota, SentCreate, Usage};
 pub use record::{Record, RecordKey, Replica, Stored};
 pub use tenant::Tenant;
+pub use told::{Form, ToldVms, Written};

@@ -87,6 +87,18 @@ pub struct HeldRoom {
     pub until: Timestamp,
 }
 
+/// Where a create went for which a host was found. Written before it is sent, so that whichever
+/// replica is asked again sends it there too.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SentCreate {
+    /// The host.
+    pub host: HostId,
+    /// How often it was sent, without those that certainly made nothing. At none it may go anywhere.
+    pub attempts: u32,
+    /// So long it is remembered.
+    pub until: Timestamp,
+}
+
 impl HeldRoom {
     /// Whether its host tells of the VM.
     pub fn is_told(&self, inventory: &Inventory) -> bool {

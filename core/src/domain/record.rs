@@ -1,9 +1,11 @@
 //! Everything that Core keeps, as the store sees it: records under keys, each with a version.
 
 use ghost_domain::{CommandId, CredentialId, HostId, TenantName, Timestamp};
+use uuid::Uuid;
 
 use super::{
-    FleetKey, HeldRoom, HostRecord, Inventory, JoinToken, Ownership, QueuedCommand, Tenant, User,
+    FleetKey, HeldRoom, HostRecord, Inventory, JoinToken, Ownership, QueuedCommand, SentCreate,
+    Tenant, User,
 };
 
 /// Where a record lies.
@@ -23,6 +25,8 @@ pub enum RecordKey {
     Tenant(TenantName),
     /// Room that is held for VMs of a tenant that are being made.
     Room(TenantName),
+    /// Where a create went for which a host was found, by a hash of its caller and request id.
+    Sent(Uuid),
     /// A user.
     User(CredentialId),
     /// A key.
@@ -58,6 +62,8 @@ pub enum Record {
     Tenant(Tenant),
     /// See [`RecordKey::Room`].
     Room(Vec<HeldRoom>),
+    /// See [`RecordKey::Sent`].
+    Sent(SentCreate),
     /// See [`RecordKey::User`].
     User(User),
     /// See [`RecordKey::Key`].

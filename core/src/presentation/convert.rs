@@ -169,19 +169,20 @@ pub(super) fn host(view: &HostView, link: Option<&LinkInfo>, now: Timestamp) -> 
     }
 }
 
-/// Writes a host's part into a message that is used for all of its VMs, and was for other hosts'.
-pub(super) fn listed_host(into: &mut message::FleetVm, listed: &ListedHost, now: Timestamp) {
-    let view = &listed.host;
-    set(&mut into.host, &view.record.name);
-    set(&mut into.host_id, &view.record.id);
-    set(&mut into.tenant, &view.record.tenant);
-    view.state.as_str().clone_into(&mut into.host_state);
-    into.age = view.last_heard_at.map(|at| duration(now.since(at)));
+/// What a list says of the host of a VM.
+pub(super) fn listed_host(listed: &ListedHost, now: Timestamp) -> message::FleetVm {
+    message::FleetVm {
+        host: listed.record.name.to_string(),
+        host_id: listed.record.id.to_string(),
+        tenant: listed.record.tenant.to_string(),
+        host_state: listed.state.as_str().to_owned(),
+        age: listed.last_heard_at.map(|at| duration(now.since(at))),
+        vm: None,
+    }
 }
 
-/// Writes a VM over the one that the message spoke of before; what is allocated is used again.
-pub(super) fn listed_vm(into: &mut message::FleetVm, vm: &VmSummary) {
-    let into = into.vm.get_or_insert_default();
+/// A VM as its host last told of it.
+pub(super) fn vm_summary(vm: &VmSummary) -> message::VmSummary {
     let VmSummary {
         id,
         name,
@@ -195,35 +196,23 @@ pub(super) fn listed_vm(into: &mut message::FleetVm, vm: &VmSummary) {
         created_at,
         tags,
         owner,
-    } = vm;
-    set(&mut into.id, id);
-    name.clone_into(&mut into.name);
-    into.state = vm_state(*state).into();
-    state_reason.clone_into(&mut into.state_reason);
-    into.desired_state = desired_state(*desired).into();
-    into.vcpus = demand.cpus;
-    into.memory_bytes = demand.memory.bytes();
-    into.disk_bytes = demand.disk.bytes();
-    image.clone_into(&mut into.image);
-    addresses.clone_into(&mut into.addresses);
-    into.generation = *generation;
-    into.created_at = Some(timestamp(*created_at));
-    // Many VMs have the same, or none.
-    if into.tags != *tags {
-        tags.clone_into(&mut into.tags);
+    } = vm.clone();
+    message::VmSummary {
+        id: id.to_string(),
+        name,
+        state: vm_state(state).into(),
+        state_reason,
+        desired_state: desired_state(desired).into(),
+        vcpus: demand.cpus,
+        memory_bytes: demand.memory.bytes(),
+        disk_bytes: demand.disk.bytes(),
+        image,
+        addresses,
+        generation,
+        created_at: Some(timestamp(created_at)),
+        tags,
+        owner: owner.unwrap_or_default(),
     }
-    owner
-        .as_deref()
-        .unwrap_or_default()
-        .clone_into(&mut into.owner);
-}
-
-/// What a value is written as, in a text that is there already.
-fn set(into: &mut String, value: &impl std::fmt::Display) {
-    use std::fmt::Write as _;
-    into.clear();
-    // A text takes whatever comes.
-    let _ = write!(into, "{value}");
 }
 
 pub(super) fn placement(placed: Placed) -> message::Placement {

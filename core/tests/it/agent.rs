@@ -6,7 +6,7 @@ mod guest;
 use std::collections::HashMap;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -223,7 +223,18 @@ impl FakeAgent {
 
 /// Links to hosts in memory.
 #[derive(Default)]
-pub(crate) struct MemoryLinks(pub(crate) Mutex<HashMap<HostId, Arc<FakeAgent>>>);
+pub(crate) struct MemoryLinks(
+    pub(crate) Mutex<HashMap<HostId, Arc<FakeAgent>>>,
+    /// The way that calls take.
+    AtomicU64,
+);
+
+impl MemoryLinks {
+    /// Calls take another way from now on.
+    pub(crate) fn another_way(&self) {
+        self.1.fetch_add(1, Ordering::SeqCst);
+    }
+}
 
 #[async_trait]
 impl HostLinks for MemoryLinks {
@@ -237,6 +248,10 @@ impl HostLinks for MemoryLinks {
 
     fn has(&self, host: HostId) -> bool {
         self.0.lock().contains_key(&host)
+    }
+
+    async fn way(&self, _: HostId) -> u64 {
+        self.1.load(Ordering::SeqCst)
     }
 
     fn round_trip(&self, _: HostId) -> Option<Duration> {
@@ -351,7 +366,12 @@ impl VmService for Fake {
             "missing" => Err(to_status(
                 &Error::new(ErrorCode::VmNotFound, "there is no VM missing").hint("look again"),
             )),
-            "slow" => {
+            "slow at first" if self.0.calls.lock().len() > 1 => Ok(Response::new(Vm {
+                id: vm.clone(),
+                name: vm,
+                ..Vm::default()
+            })),
+            "slow" | "slow at first" => {
                 let _running = Running::new(&self.0);
                 std::future::pending().await
             }

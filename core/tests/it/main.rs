@@ -14,6 +14,7 @@ mod events;
 mod front;
 mod http;
 mod links;
+mod listing;
 mod matrix;
 mod program;
 mod route;

@@ -3,7 +3,7 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -72,6 +72,8 @@ async fn listen(
                             caller: &caller,
                             request_id: "r-1",
                             shape: access::method(request.uri().path()).unwrap().shape,
+                            sent: &AtomicBool::new(false),
+                            repeatable: request.headers().contains_key("test-repeatable"),
                         };
                         let answer = router.forward(&onward, request.map(Body::new)).await;
                         Ok::<_, Infallible>(
@@ -366,6 +368,47 @@ async fn a_host_that_vanishes_ends_its_calls_with_a_status_of_ours() {
         .await
         .unwrap();
     assert_eq!(reason(&status), ErrorCode::HostOffline.as_str());
+}
+
+#[tokio::test]
+async fn a_call_that_does_no_harm_twice_takes_another_way_where_its_way_dies() {
+    let world = world().await;
+    let get = |repeatable: bool| {
+        let mut client = vms(&world);
+        let mut request = Request::new(GetVmRequest {
+            vm: "slow at first".into(),
+        });
+        if repeatable {
+            let yes = "yes".parse().unwrap();
+            request.metadata_mut().insert("test-repeatable", yes);
+        }
+        tokio::spawn(async move { client.get(request).await })
+    };
+    let calls = || world.agent.seen.calls.lock().len();
+    // Where it is the same way there is nothing to go over.
+    let call = get(true);
+    world.agent.until_running(1).await;
+    world.agent.cut();
+    let status = call.await.unwrap().unwrap_err();
+    assert_eq!(reason(&status), ErrorCode::HostOffline.as_str());
+    assert_eq!(calls(), 1);
+    // Another one is there.
+    world.agent.seen.calls.lock().clear();
+    let call = get(true);
+    world.agent.until_running(1).await;
+    world.links.another_way();
+    world.agent.cut();
+    let vm = call.await.unwrap().unwrap().into_inner();
+    assert_eq!((vm.name.as_str(), calls()), ("slow at first", 2));
+    // What may do harm is lost, and says so.
+    world.agent.seen.calls.lock().clear();
+    let call = get(false);
+    world.agent.until_running(1).await;
+    world.links.another_way();
+    world.agent.cut();
+    let status = call.await.unwrap().unwrap_err();
+    assert_eq!(reason(&status), ErrorCode::HostOffline.as_str());
+    assert_eq!(calls(), 1);
 }
 
 #[tokio::test]

@@ -85,14 +85,10 @@ fn calls_take_a_direct_way_where_there_is_one_and_the_link_where_not() {
     let carried = fleet.lab.private_bytes() - before;
     assert!(carried > 4_000, "{carried} bytes came over the direct way");
 
-    // The way dies without a word. A call within the second after something was heard over it may be
-    // lost with it, and says so; the next one takes the link.
+    // The way dies without a word. A call within the second after something was heard over it is
+    // under way over it, and takes the link when it is given up; the next one takes the link at once.
     fleet.lab.let_private(false);
-    let first = fleet.ctl().run(&["list"]);
-    if first.code != 0 {
-        assert_eq!(first.code, 5, "{}{}", first.stdout, first.stderr);
-        assert!(first.stderr.contains("was lost"), "{}", first.stderr);
-    }
+    fleet.ctl().ok(&["list"]);
     let begun = Instant::now();
     fleet.ctl().ok(&["list"]);
     println!(

@@ -157,6 +157,8 @@ pub(super) struct Context {
     /// The Core that greeted first, where one has.
     pub(super) core_id: Option<String>,
     pub(super) direct: Vec<proto::DirectAddress>,
+    /// What those are now.
+    pub(super) named: Named,
     pub(super) connects: u64,
     pub(super) last_loss: String,
     /// Where streams that Core opens go.
@@ -175,6 +177,10 @@ pub(super) struct Context {
 
 /// A connection that stands, and the identity that it was made with.
 pub(super) type Redialled = (Dialled, Arc<Enrolled>);
+
+/// By which addresses Core could dial this host now.
+pub(super) type Named =
+    Arc<dyn Fn() -> BoxFuture<'static, io::Result<Vec<proto::DirectAddress>>> + Send + Sync>;
 
 /// Dials with the newest certificate.
 pub(super) type Redial = Arc<dyn Fn() -> BoxFuture<'static, Result<Redialled>> + Send + Sync>;
@@ -499,6 +505,10 @@ fn lost_address(local: Option<SocketAddr>) -> bool {
     })
 }
 
+/// What a heartbeat is made of: how this host fares, and by which addresses Core could dial it, where
+/// that is known.
+type Told = (HeartbeatReport, Option<Vec<proto::DirectAddress>>);
+
 /// Something that the application does, one after the other in the order of the commands.
 enum Work {
     Command(Box<ReadCommand>),
@@ -563,7 +573,7 @@ impl<'a> Life<'a> {
                 Duration::from_millis(100),
                 3600,
             ),
-            beats: Heartbeats::new(facts),
+            beats: Heartbeats::new(facts, context.direct.clone()),
             due: now,
             last_beat: now,
             round_trip: greeting,
@@ -594,7 +604,7 @@ impl<'a> Life<'a> {
         let mut ticks = 0_u32;
         let mut report_changed = handler.report_changed();
         let mut outcomes_changed = handler.outcomes_changed();
-        let mut reporting: Option<BoxFuture<'static, Result<HeartbeatReport>>> = None;
+        let mut reporting: Option<BoxFuture<'static, Result<Told>>> = None;
         let mut working: Option<BoxFuture<'static, Option<CommandOutcome>>> = None;
         self.tell_outcomes(writer);
         let (mut newest, present) = (
@@ -648,7 +658,15 @@ impl<'a> Life<'a> {
                 }
                 () = tokio::time::sleep_until(next_beat), if reporting.is_none() => {
                     let handler = Arc::clone(&handler);
-                    reporting = Some(Box::pin(async move { report(&handler).await }));
+                    let named = (self.context.named)();
+                    reporting = Some(Box::pin(async move {
+                        let (report, named) = tokio::join!(report(&handler), named);
+                        // One that does not answer for a moment takes no way away.
+                        let named = named.inspect_err(|error| {
+                            tracing::debug!(%error, "direct addresses are not known now");
+                        });
+                        Ok((report?, named.ok()))
+                    }));
                 }
                 report = ready(&mut reporting) => {
                     if let Err(end) = self.tell(report, writer) {
@@ -694,7 +712,11 @@ impl<'a> Life<'a> {
                     Signal::Network if lost_address(self.local) => {
                         return End::AtOnce("this host lost the address of the link".into());
                     }
-                    Signal::Network => {}
+                    // It may have another address now, by which Core can dial it.
+                    Signal::Network => {
+                        let soon = Instant::now() + DEBOUNCE;
+                        self.due = self.due.min(soon.max(self.last_beat + FULL_AGAIN));
+                    }
                 },
                 () = stop.cancelled() => return End::Stopped,
             }
@@ -814,12 +836,12 @@ impl<'a> Life<'a> {
         })
     }
 
-    fn tell(&mut self, report: Result<HeartbeatReport>, writer: &mut Writer) -> Result<(), End> {
+    fn tell(&mut self, told: Result<Told>, writer: &mut Writer) -> Result<(), End> {
         let now = Instant::now();
         self.last_beat = now;
         self.due = now + self.heartbeat_interval;
-        match report {
-            Ok(report) => {
+        match told {
+            Ok((report, direct)) => {
                 let link = proto::LinkFacts {
                     round_trip_seconds: self.round_trip.as_secs_f64(),
                     connects: self.context.connects,
@@ -828,7 +850,8 @@ impl<'a> Life<'a> {
                 if self.beats.is_under_way() {
                     self.context.handler.heartbeat_ended(false);
                 }
-                let beat = self.beats.next(&report, link, self.context.clock.now());
+                let now = self.context.clock.now();
+                let beat = self.beats.next(&report, direct, link, now);
                 queue(writer, Kind::Heartbeat(beat))
             }
             Err(error) => {

@@ -95,11 +95,22 @@ impl DirectOptions {
     /// The addresses now. `core` is where Core is, `host:port`. A provider that does not answer is
     /// logged, and costs the link nothing.
     pub async fn addresses(&self, core: &str) -> Vec<DirectAddress> {
+        self.look(core).await.unwrap_or_else(|error| {
+            tracing::warn!(provider = self.provider.as_str(), %error, "no direct address is known");
+            Vec::new()
+        })
+    }
+
+    /// The addresses now, where their provider answers.
+    ///
+    /// # Errors
+    /// Those of the provider.
+    pub async fn look(&self, core: &str) -> io::Result<Vec<DirectAddress>> {
         let Some(port) = self.port else {
-            return Vec::new();
+            return Ok(Vec::new());
         };
         let found = match &self.provider {
-            Provider::None => return Vec::new(),
+            Provider::None => return Ok(Vec::new()),
             Provider::Tailscale(socket) => {
                 match tokio::time::timeout(ANSWER_TIME, tailscale(socket)).await {
                     Ok(found) => found,
@@ -109,11 +120,7 @@ impl DirectOptions {
             Provider::WireGuard(name) => wireguard(name.as_deref()),
             Provider::Lan => lan(core).await,
         };
-        let found = found.unwrap_or_else(|error| {
-            tracing::warn!(provider = self.provider.as_str(), %error, "no direct address is known");
-            Vec::new()
-        });
-        found
+        Ok(found?
             .into_iter()
             .filter(|address| !address.is_loopback() && !address.is_unspecified())
             .take(MOST_ADDRESSES)
@@ -121,7 +128,7 @@ impl DirectOptions {
                 provider: self.provider.as_str().into(),
                 address: SocketAddr::new(address, port).to_string(),
             })
-            .collect()
+            .collect())
     }
 }
 

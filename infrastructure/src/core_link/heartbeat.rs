@@ -25,13 +25,16 @@ pub(super) struct Heartbeats {
     under_way: Option<(u64, BTreeMap<String, u64>)>,
     /// The facts that Core has.
     facts: FleetFacts,
+    /// The addresses that Core has.
+    direct: Vec<proto::DirectAddress>,
 }
 
 impl Heartbeats {
-    /// Begins a link on which these facts were told in the hello.
-    pub(super) fn new(facts: FleetFacts) -> Self {
+    /// Begins a link on which these facts and addresses were told in the hello.
+    pub(super) fn new(facts: FleetFacts, direct: Vec<proto::DirectAddress>) -> Self {
         Self {
             facts,
+            direct,
             ..Self::default()
         }
     }
@@ -59,10 +62,11 @@ impl Heartbeats {
         is_answer
     }
 
-    /// The next heartbeat.
+    /// The next heartbeat. `direct`: the addresses now, where they are known.
     pub(super) fn next(
         &mut self,
         report: &HeartbeatReport,
+        direct: Option<Vec<proto::DirectAddress>>,
         link: proto::LinkFacts,
         now: Timestamp,
     ) -> proto::Heartbeat {
@@ -95,6 +99,10 @@ impl Heartbeats {
         };
         let facts = (self.facts != report.facts).then(|| convert::facts(&report.facts));
         self.facts.clone_from(&report.facts);
+        let direct = direct.filter(|direct| *direct != self.direct);
+        if let Some(direct) = &direct {
+            self.direct.clone_from(direct);
+        }
         self.under_way = Some((self.sequence, digests));
         proto::Heartbeat {
             sequence: self.sequence,
@@ -107,6 +115,7 @@ impl Heartbeats {
             health: Some(convert::health(report)),
             link: Some(link),
             facts,
+            direct: direct.map(|addresses| proto::DirectAddresses { addresses }),
         }
     }
 }
@@ -144,7 +153,8 @@ mod tests {
     }
 
     fn next(beats: &mut Heartbeats, report: &HeartbeatReport) -> proto::Heartbeat {
-        beats.next(report, proto::LinkFacts::default(), Timestamp::default())
+        let link = proto::LinkFacts::default();
+        beats.next(report, None, link, Timestamp::default())
     }
 
     /// Core's half: applies a heartbeat to what it knows and compares.
@@ -163,7 +173,7 @@ mod tests {
 
     #[test]
     fn only_what_changed_since_the_last_answer_is_told() {
-        let mut beats = Heartbeats::new(FleetFacts::default());
+        let mut beats = Heartbeats::new(FleetFacts::default(), Vec::new());
         let mut core = BTreeMap::new();
         let first = next(
             &mut beats,
@@ -214,7 +224,7 @@ mod tests {
             kernel: "6.1".into(),
             ..FleetFacts::default()
         };
-        let mut beats = Heartbeats::new(facts.clone());
+        let mut beats = Heartbeats::new(facts.clone(), Vec::new());
         let mut report = HeartbeatReport {
             facts,
             ..HeartbeatReport::default()
@@ -238,5 +248,28 @@ mod tests {
         assert!(beat.encoded_len() < MOST_LINK_MESSAGE);
         assert!(apply(&mut core, &beat));
         assert_eq!(core.len(), 3_000);
+    }
+
+    #[test]
+    fn addresses_are_told_where_they_changed() {
+        let address = |text: &str| proto::DirectAddress {
+            provider: "tailscale".into(),
+            address: text.into(),
+        };
+        let first = vec![address("100.64.0.1:9090")];
+        let mut beats = Heartbeats::new(FleetFacts::default(), first.clone());
+        let mut told = |direct: Option<Vec<proto::DirectAddress>>| {
+            let link = proto::LinkFacts::default();
+            let beat = beats.next(&report(Vec::new()), direct, link, Timestamp::default());
+            beats.answered(beat.sequence, false);
+            beat.direct.map(|direct| direct.addresses)
+        };
+        assert_eq!(told(Some(first.clone())), None, "the hello told of it");
+        let second = vec![address("100.64.0.2:9090"), address("[fd7a::2]:9090")];
+        assert_eq!(told(Some(second.clone())), Some(second.clone()));
+        assert_eq!(told(Some(second)), None);
+        assert_eq!(told(None), None, "nobody knows");
+        assert_eq!(told(Some(Vec::new())), Some(Vec::new()), "it has none");
+        assert_eq!(told(Some(first.clone())), Some(first));
     }
 }

@@ -415,6 +415,16 @@ impl CoreLinkService {
             follows,
             expires_at: enrolled.identity.expires_at,
             newest: self.newest.subscribe(),
+            named: {
+                let (direct, core) = (
+                    self.options.direct.clone(),
+                    core.unwrap_or_default().to_owned(),
+                );
+                Arc::new(move || {
+                    let (direct, core) = (direct.clone(), core.clone());
+                    Box::pin(async move { direct.look(&core).await })
+                })
+            },
             redial: self.redial(address),
             standing: self.standing.lock().token.clone(),
         })

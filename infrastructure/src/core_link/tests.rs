@@ -38,11 +38,15 @@ struct Host {
 
 impl Host {
     fn start(data_dir: &Path, clock: Arc<TestClock>) -> Self {
+        Self::start_with(data_dir, clock, DirectOptions::default())
+    }
+
+    fn start_with(data_dir: &Path, clock: Arc<TestClock>, direct: DirectOptions) -> Self {
         let handler = Arc::new(TestHandler::default());
         let options = CoreLinkOptions {
             data_dir: data_dir.to_owned(),
             agent_version: "0.1.0".into(),
-            direct: DirectOptions::default(),
+            direct,
         };
         let mut service = CoreLinkService::open(options, Arc::clone(&handler) as _, clock).unwrap();
         service.pace = Pace {
@@ -268,6 +272,57 @@ async fn a_link_tells_what_changes_and_carries_streams() {
     link.goodbye("shutting_down").await;
     let link = core.link().await;
     assert_eq!((link.hello.epoch, link.hello.command_generation), (3, 7));
+    host.end().await;
+}
+
+/// tailscaled's local API, with whichever address there is.
+async fn tailscaled(path: &Path) -> Arc<Mutex<&'static str>> {
+    let address = Arc::new(Mutex::new("100.64.0.1"));
+    let listener = tokio::net::UnixListener::bind(path).unwrap();
+    let answered = Arc::clone(&address);
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut request = vec![0; 4096];
+            let _ = stream.read(&mut request).await;
+            let address = *answered.lock();
+            let answer = format!(
+                "HTTP/1.0 200 OK\r\n\r\n{{\"BackendState\":\"Running\",\"Self\":{{\"TailscaleIPs\":[{address:?}]}}}}"
+            );
+            let _ = stream.write_all(answer.as_bytes()).await;
+        }
+    });
+    address
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_address_is_told_on_the_link_that_there_is() {
+    let mut core = FakeCore::start().await;
+    let folder = tempfile::tempdir().unwrap();
+    enrol(&core.token("one"), joining(folder.path()))
+        .await
+        .unwrap();
+    let socket = folder.path().join("tailscaled.sock");
+    let address = tailscaled(&socket).await;
+    let direct = DirectOptions {
+        provider: direct::Provider::Tailscale(socket),
+        port: Some(9090),
+    };
+    let host = Host::start_with(folder.path(), TestClock::now(), direct);
+    let mut link = core.welcomed(PINGS).await;
+    let named = |all: &[proto::DirectAddress]| -> Vec<String> {
+        all.iter().map(|one| one.address.clone()).collect()
+    };
+    assert_eq!(named(&link.hello.direct_addresses), ["100.64.0.1:9090"]);
+    assert_eq!(link.heartbeat().await.direct, None, "the hello said so");
+    *address.lock() = "100.64.0.2";
+    // Whatever makes it look: a network that changed, something to tell, the next heartbeat.
+    host.handler.changed.notify_one();
+    let told = loop {
+        if let Some(direct) = link.heartbeat().await.direct {
+            break direct.addresses;
+        }
+    };
+    assert_eq!(named(&told), ["100.64.0.2:9090"]);
     host.end().await;
 }
 

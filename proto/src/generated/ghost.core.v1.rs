@@ -234,6 +234,14 @@ pub struct Heartbeat {
     /// Present where they changed since the hello.
     #[prost(message, optional, tag = "10")]
     pub facts: ::core::option::Option<HostFacts>,
+    /// Present where they changed since the hello, or since they were last told.
+    #[prost(message, optional, tag = "11")]
+    pub direct: ::core::option::Option<DirectAddresses>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct DirectAddresses {
+    #[prost(message, repeated, tag = "1")]
+    pub addresses: ::prost::alloc::vec::Vec<DirectAddress>,
 }
 #[derive(Clone, Copy, PartialEq, ::prost::Message)]
 pub struct HostCapacity {

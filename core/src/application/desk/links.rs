@@ -110,6 +110,10 @@ impl Link {
         self.info.lock().clone()
     }
 
+    pub(super) fn set_direct_addresses(&self, addresses: Vec<(String, String)>) {
+        self.info.lock().direct_addresses = addresses;
+    }
+
     pub(super) fn set_facts(&self, facts: HostLinkFacts) {
         self.info.lock().facts = facts;
     }

@@ -84,6 +84,8 @@ pub struct HostHeartbeat {
     pub link: HostLinkFacts,
     /// Present where they changed.
     pub facts: Option<FleetFacts>,
+    /// Addresses by which Core could dial it, present where they changed.
+    pub direct_addresses: Option<Vec<(String, String)>>,
 }
 
 /// How the link fares, as the host sees it.

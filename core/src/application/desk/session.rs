@@ -19,7 +19,7 @@ use super::links::Link;
 use super::messages::{ControlReader, ControlWriter, FromHost, Goodbye, HostHeartbeat, ToHost};
 use super::{CLOCK_SKEW, Desk, MISSED_PINGS};
 use crate::application::fleet::LiveHost;
-use crate::domain::{HostLife, Inventory, QueuedCommand};
+use crate::domain::{HostLife, Inventory, QueuedCommand, ToldVms};
 
 /// Messages that a host may send at once, and how many more each second. A heartbeat, two pings and
 /// their answers are some in 30 s; a burst of results after a night offline is a few hundred.
@@ -510,7 +510,7 @@ impl<R: ControlReader, W: ControlWriter> Session<R, W> {
         let mut vms = match &known {
             // Of a link that began with a change nobody knows what it changed.
             Some(known) if !beat.full => known.vms.clone(),
-            _ => BTreeMap::new(),
+            _ => ToldVms::default(),
         };
         let mut want_full = !beat.full && !self.based;
         if !want_full && !same {
@@ -544,6 +544,9 @@ impl<R: ControlReader, W: ControlWriter> Session<R, W> {
             self.based = false;
         }
         self.link.set_facts(beat.link);
+        if let Some(addresses) = beat.direct_addresses {
+            self.readdressed(addresses);
+        }
         if let Some(facts) = beat.facts {
             self.desk.facts_changed(self.host, facts);
         }
@@ -561,6 +564,16 @@ impl<R: ControlReader, W: ControlWriter> Session<R, W> {
         self.desk.fleet.set_inventory(self.host, inventory);
         self.desk.keeper.dirty(self.host);
         want_full
+    }
+
+    /// The host can be dialled at other addresses than before. Calls that are under way over the
+    /// direct way that there is go on as long as it bears them.
+    fn readdressed(&self, addresses: Vec<(String, String)>) {
+        self.link.set_direct_addresses(addresses.clone());
+        // A newer link said so itself.
+        if let (Some(directs), false) = (self.desk.directs.get(), self.link.is_followed()) {
+            directs.linked(&self.tenant, self.host, addresses);
+        }
     }
 
     /// A host says who owns its VMs; of another tenant's people it has nothing to say, whose quota

@@ -82,6 +82,26 @@ pub struct HostView {
     pub open_commands: usize,
 }
 
+/// A host in a list of VMs: what is told of each of ten thousand, and no more.
+#[derive(Clone, Debug)]
+pub struct ToldHost {
+    /// Its record.
+    pub record: Arc<HostRecord>,
+    /// What it last said of itself.
+    pub inventory: Arc<Inventory>,
+    /// Its state.
+    pub state: HostState,
+    /// When it was last heard, as far as this replica knows.
+    pub last_heard_at: Option<Timestamp>,
+}
+
+/// What all links are held against at a moment: looked up once for all hosts of a list.
+struct Moment {
+    now: Monotonic,
+    behind: Option<Duration>,
+    intervals: Intervals,
+}
+
 /// The fleet.
 pub struct Fleet {
     store: Arc<dyn FleetStore>,
@@ -407,63 +427,56 @@ impl Fleet {
     /// A host as it is shown.
     pub fn host_view(&self, id: HostId) -> Option<HostView> {
         let live = self.known(id);
+        let moment = self.moment();
         let state = self.state.read();
         let record = state.host(id)?;
-        Some(self.view(&state, record, live.as_deref()))
+        Some(view(&moment, &state, record, live.as_deref()))
     }
 
     /// The hosts that `wanted` picks as they are shown, in the order of their ids.
     pub fn host_views(&self, wanted: impl Fn(&HostRecord) -> bool) -> Vec<HostView> {
+        let moment = self.moment();
         let live = self.live.read();
         let state = self.state.read();
         state
             .hosts()
             .filter(|record| wanted(record))
-            .map(|record| self.view(&state, record, live.get(&record.id).map(AsRef::as_ref)))
+            .map(|record| {
+                let live = live.get(&record.id).map(AsRef::as_ref);
+                view(&moment, &state, record, live)
+            })
             .collect()
     }
 
-    fn truth(&self, owned: bool, live: Option<&LiveHost>) -> LinkTruth {
-        let intervals = *self.intervals.read();
-        let here = live.filter(|live| live.is_linked());
-        LinkTruth {
-            linked: owned || here.is_some(),
-            // Of a link at another replica only its owner knows more; it gives a silent one up. What
-            // is told of that is as old as memory is.
-            silent_for: match here {
-                Some(live) => live.silent_for(self.clock.monotonic()),
-                None => self.behind_for(),
-            }
-            .unwrap_or_default(),
-            ping_interval: intervals.ping,
-            heartbeat_interval: intervals.heartbeat,
-        }
+    /// The hosts that `wanted` picks and that ever told of VMs, by tenant and name; only pointers
+    /// are copied.
+    pub fn told_hosts(&self, wanted: impl Fn(&HostRecord) -> bool) -> Vec<ToldHost> {
+        let moment = self.moment();
+        let live = self.live.read();
+        let state = self.state.read();
+        let wanted = state.hosts_by_name().filter(|record| wanted(record));
+        wanted
+            .filter_map(|record| {
+                let live = live.get(&record.id).map(AsRef::as_ref);
+                told_host(&moment, &state, record, live)
+            })
+            .collect()
     }
 
-    fn view(
-        &self,
-        state: &FleetState,
-        record: &Arc<HostRecord>,
-        live: Option<&LiveHost>,
-    ) -> HostView {
-        let owner = state.owner(record.id).cloned();
-        let here = live.filter(|live| live.is_linked());
-        let inventory = here
-            .and_then(LiveHost::inventory)
-            .or_else(|| state.inventory(record.id).cloned());
-        let truth = self.truth(owner.is_some(), live);
-        let health = inventory.as_deref().map(|inventory| &inventory.health);
-        let (shown, reason) = shown(record, &truth, health, live);
-        HostView {
-            record: Arc::clone(record),
-            inventory,
-            state: shown,
-            reason,
-            since: live.and_then(|live| live.shown_since(shown)),
-            owner,
-            last_heard_at: live.and_then(LiveHost::heard_at).max(record.last_heard_at),
-            round_trip: here.and_then(LiveHost::round_trip),
-            open_commands: state.open_commands(record.id).count(),
+    /// One host of such a list.
+    pub fn told_host(&self, id: HostId) -> Option<ToldHost> {
+        let live = self.known(id);
+        let moment = self.moment();
+        let state = self.state.read();
+        let record = state.host(id)?;
+        told_host(&moment, &state, record, live.as_deref())
+    }
+
+    fn moment(&self) -> Moment {
+        Moment {
+            now: self.clock.monotonic(),
+            behind: self.behind_for(),
+            intervals: *self.intervals.read(),
         }
     }
 
@@ -535,13 +548,14 @@ impl Fleet {
         let now = self.clock.now();
         let mut changed = HashSet::new();
         {
+            let moment = self.moment();
             let live = self.live.read();
             let state = self.state.read();
             for (id, live) in live.iter() {
                 let Some(record) = state.host(*id) else {
                     continue;
                 };
-                let truth = self.truth(state.owner(*id).is_some(), Some(live));
+                let truth = moment.truth(state.owner(*id).is_some(), Some(live));
                 let inventory = live.inventory().filter(|_| live.is_linked());
                 let health = inventory
                     .as_deref()
@@ -557,6 +571,71 @@ impl Fleet {
             self.tell(changed);
         }
     }
+}
+
+impl Moment {
+    fn truth(&self, owned: bool, live: Option<&LiveHost>) -> LinkTruth {
+        let here = live.filter(|live| live.is_linked());
+        LinkTruth {
+            linked: owned || here.is_some(),
+            // Of a link at another replica only its owner knows more; it gives a silent one up. What
+            // is told of that is as old as memory is.
+            silent_for: match here {
+                Some(live) => live.silent_for(self.now),
+                None => self.behind,
+            }
+            .unwrap_or_default(),
+            ping_interval: self.intervals.ping,
+            heartbeat_interval: self.intervals.heartbeat,
+        }
+    }
+}
+
+fn view(
+    moment: &Moment,
+    state: &FleetState,
+    record: &Arc<HostRecord>,
+    live: Option<&LiveHost>,
+) -> HostView {
+    let owner = state.owner(record.id).cloned();
+    let here = live.filter(|live| live.is_linked());
+    let inventory = here
+        .and_then(LiveHost::inventory)
+        .or_else(|| state.inventory(record.id).cloned());
+    let truth = moment.truth(owner.is_some(), live);
+    let health = inventory.as_deref().map(|inventory| &inventory.health);
+    let (shown, reason) = shown(record, &truth, health, live);
+    HostView {
+        record: Arc::clone(record),
+        inventory,
+        state: shown,
+        reason,
+        since: live.and_then(|live| live.shown_since(shown)),
+        owner,
+        last_heard_at: live.and_then(LiveHost::heard_at).max(record.last_heard_at),
+        round_trip: here.and_then(LiveHost::round_trip),
+        open_commands: state.open_commands(record.id).count(),
+    }
+}
+
+fn told_host(
+    moment: &Moment,
+    state: &FleetState,
+    record: &Arc<HostRecord>,
+    live: Option<&LiveHost>,
+) -> Option<ToldHost> {
+    let inventory = live
+        .filter(|live| live.is_linked())
+        .and_then(LiveHost::inventory)
+        .or_else(|| state.inventory(record.id).cloned())?;
+    let truth = moment.truth(state.owner(record.id).is_some(), live);
+    let (shown, _) = shown(record, &truth, Some(&inventory.health), live);
+    Some(ToldHost {
+        record: Arc::clone(record),
+        state: shown,
+        last_heard_at: live.and_then(LiveHost::heard_at).max(record.last_heard_at),
+        inventory,
+    })
 }
 
 /// The state to show: what the records and the link say, and whether this process heard the host

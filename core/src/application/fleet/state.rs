@@ -1,17 +1,18 @@
 //! All records of the fleet as they stand in memory, with the indexes by which they are found.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use ghost_domain::{
-    CommandId, CredentialId, Error, ErrorCode, HostId, RequestId, Result, TenantName, VmId,
+    CommandId, CredentialId, Error, ErrorCode, HostId, HostName, RequestId, Result, TenantName,
+    Timestamp, VmId,
 };
 use uuid::Uuid;
 
 use crate::domain::ports::{Condition, RecordChange, Write};
 use crate::domain::{
     Caller, FleetKey, HeldRoom, HostRecord, Inventory, JoinToken, Ownership, QueuedCommand, Record,
-    RecordKey, Replica, Stored, Tenant, User,
+    RecordKey, Replica, SentCreate, Stored, Tenant, User,
 };
 
 /// A record with the version that the store gave it.
@@ -47,6 +48,8 @@ pub struct FleetState {
     /// Whether other replicas use the same records.
     shared: bool,
     hosts: BTreeMap<HostId, Versioned<Arc<HostRecord>>>,
+    /// The same in the order in which they are listed: by tenant and name.
+    listed: BTreeMap<(TenantName, HostName, HostId), Arc<HostRecord>>,
     /// By name first, so that one without a tenant finds all hosts of a name. The tenant is always
     /// there: `None` sorts before all of them, which makes it the begin of a search.
     names: BTreeMap<(String, Option<TenantName>), Versioned<HostId>>,
@@ -58,6 +61,9 @@ pub struct FleetState {
     requests: HashMap<(HostId, RequestId), CommandId>,
     tenants: BTreeMap<TenantName, Versioned<Tenant>>,
     rooms: BTreeMap<TenantName, Versioned<Vec<HeldRoom>>>,
+    sent: HashMap<Uuid, Versioned<SentCreate>>,
+    /// The same by when they are over.
+    sent_until: BTreeSet<(Timestamp, Uuid)>,
     users: BTreeMap<CredentialId, Versioned<Arc<User>>>,
     keys: BTreeMap<CredentialId, Versioned<Arc<FleetKey>>>,
     tokens: BTreeMap<CredentialId, Versioned<Arc<JoinToken>>>,
@@ -72,6 +78,10 @@ pub struct FleetState {
 /// else, because generations are never used twice.
 fn place(command: &QueuedCommand) -> (HostId, u64) {
     (command.host, command.generation)
+}
+
+fn listed_as(host: &HostRecord) -> (TenantName, HostName, HostId) {
+    (host.tenant.clone(), host.name.clone(), host.id)
 }
 
 impl FleetState {
@@ -114,6 +124,11 @@ impl FleetState {
     /// All hosts, in the order of their ids.
     pub fn hosts(&self) -> impl ExactSizeIterator<Item = &Arc<HostRecord>> {
         self.hosts.values().map(|one| &one.value)
+    }
+
+    /// All hosts, by tenant and name.
+    pub fn hosts_by_name(&self) -> impl ExactSizeIterator<Item = &Arc<HostRecord>> {
+        self.listed.values()
     }
 
     /// A host.
@@ -288,6 +303,16 @@ impl FleetState {
         self.rooms.get(tenant).map_or(&[], |one| &one.value)
     }
 
+    /// Where a create went.
+    pub fn sent(&self, id: Uuid) -> Option<&SentCreate> {
+        self.sent.get(&id).map(|one| &one.value)
+    }
+
+    /// The creates of which it is remembered where they went, the oldest first.
+    pub fn all_sent(&self) -> impl ExactSizeIterator<Item = (Timestamp, Uuid)> {
+        self.sent_until.iter().copied()
+    }
+
     /// All users, by id.
     pub fn users(&self) -> impl ExactSizeIterator<Item = &Arc<User>> {
         self.users.values().map(|one| &one.value)
@@ -359,6 +384,7 @@ impl FleetState {
                 .map(|one| one.version),
             K::Tenant(name) => self.tenants.get(name).map(|one| one.version),
             K::Room(name) => self.rooms.get(name).map(|one| one.version),
+            K::Sent(id) => self.sent.get(id).map(|one| one.version),
             K::User(id) => self.users.get(id).map(|one| one.version),
             K::Key(id) => self.keys.get(id).map(|one| one.version),
             K::Token(id) => self.tokens.get(id).map(|one| one.version),
@@ -417,6 +443,10 @@ impl FleetState {
             .rooms
             .iter()
             .map(|(name, one)| (K::Room(name.clone()), one.version));
+        let sent = self
+            .sent
+            .iter()
+            .map(|(id, one)| (K::Sent(*id), one.version));
         let users = self
             .users
             .iter()
@@ -444,6 +474,7 @@ impl FleetState {
             .chain(commands)
             .chain(tenants)
             .chain(rooms)
+            .chain(sent)
             .chain(users)
             .chain(keys)
             .chain(tokens)
@@ -468,6 +499,12 @@ impl FleetState {
                     Some(Record::Host(host)) => Some(Arc::from(host)),
                     _ => None,
                 };
+                if let Some(old) = self.hosts.get(&id) {
+                    self.listed.remove(&listed_as(&old.value));
+                }
+                if let Some(record) = &record {
+                    self.listed.insert(listed_as(record), Arc::clone(record));
+                }
                 put_or_remove(&mut self.hosts, id, record, version);
             }
             (RecordKey::HostName(tenant, name), record) => {
@@ -520,6 +557,15 @@ impl FleetState {
                     _ => None,
                 };
                 put_or_remove(&mut self.rooms, name, record, version);
+            }
+            (RecordKey::Sent(id), record) => {
+                if let Some(old) = self.sent.remove(&id) {
+                    self.sent_until.remove(&(old.value.until, id));
+                }
+                if let Some(Record::Sent(value)) = record {
+                    self.sent_until.insert((value.until, id));
+                    self.sent.insert(id, Versioned { version, value });
+                }
             }
             (RecordKey::User(id), record) => {
                 let record = match record {

@@ -122,13 +122,7 @@ fn hello(hello: proto::AgentHello) -> HostHello {
             carrier @ ("link" | "piko" | "direct") => carrier.to_owned(),
             _ => "link".to_owned(),
         },
-        direct_addresses: hello
-            .direct_addresses
-            .into_iter()
-            .filter(|one| one.address.parse::<std::net::SocketAddr>().is_ok())
-            .take(MOST_DIRECT)
-            .map(|one| (clean_text(&one.provider, 32), one.address))
-            .collect(),
+        direct_addresses: direct_addresses(hello.direct_addresses),
         facts: facts(&hello.facts.unwrap_or_default()),
         machine: {
             let mut machine = [0; 32];
@@ -138,6 +132,14 @@ fn hello(hello: proto::AgentHello) -> HostHello {
         },
         follows: hello.follows,
     }
+}
+
+fn direct_addresses(told: Vec<proto::DirectAddress>) -> Vec<(String, String)> {
+    told.into_iter()
+        .filter(|one| one.address.parse::<std::net::SocketAddr>().is_ok())
+        .take(MOST_DIRECT)
+        .map(|one| (clean_text(&one.provider, 32), one.address))
+        .collect()
 }
 
 fn facts(facts: &proto::HostFacts) -> FleetFacts {
@@ -199,6 +201,7 @@ fn heartbeat(beat: proto::Heartbeat) -> HostHeartbeat {
             last_loss: clean_text(&link.last_loss, MOST_REASON),
         },
         facts: beat.facts.as_ref().map(facts),
+        direct_addresses: beat.direct.map(|direct| direct_addresses(direct.addresses)),
     }
 }
 

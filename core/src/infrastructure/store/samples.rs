@@ -16,7 +16,8 @@ use uuid::Uuid;
 
 use crate::domain::{
     FleetKey, HeldRoom, HostHealth, HostLife, HostRecord, Inventory, JoinToken, Ownership,
-    QueuedCommand, Quota, Record, RecordKey, Replica, Tenant, TokenKind, User, UserSource,
+    QueuedCommand, Quota, Record, RecordKey, Replica, SentCreate, Tenant, TokenKind, User,
+    UserSource,
 };
 
 fn at(millis: i64) -> Timestamp {
@@ -309,6 +310,14 @@ pub(super) fn all() -> Vec<(RecordKey, Record)> {
             demand: demand(2),
             until: at(9),
         }]),
+    ));
+    all.push((
+        RecordKey::Sent(Uuid::from_u128(9)),
+        Record::Sent(SentCreate {
+            host: HostId::from_uuid(Uuid::from_u128(1)),
+            attempts: 2,
+            until: at(10),
+        }),
     ));
     all.push((
         RecordKey::Replica("core-1".into()),

@@ -21,3 +21,4 @@ mod watched;
 pub use front::{Front, FrontOptions, Parts};
 pub use limit::Limits;
 pub use notes::Note;
+pub(in crate::presentation) use services::listing::AsJson;

@@ -2,18 +2,17 @@
 //! for VMs that are made or grow, whether there is room.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::http::{HeaderMap, HeaderValue, Request, Response};
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::Bytes;
 use ghost_domain::fleet::CorePermissions;
 use ghost_domain::{ByteSize, Demand, Error, ErrorCode, Result, Role, TenantName, Timestamp};
 use ghost_presentation::grpc::access::Method;
-use ghost_presentation::grpc::{MOST_MESSAGE, code_name};
-use ghost_presentation::{Access, CoreReach};
+use ghost_presentation::{Access, CoreReach, Shape};
 use ghost_proto::agent::v1 as agent;
 use ghost_proto::core::metadata;
-use http_body::Body as _;
 use prost::Message;
 use tonic::body::Body;
 use tonic::{Code, Status};
@@ -23,6 +22,7 @@ use crate::application::fleet::Fleet;
 use crate::application::links::HostLinks;
 use crate::application::quota_check::{Admission, Admitted, Reserved, Wanted};
 use crate::domain::{Caller, HostLife, HostRecord, Labels};
+use crate::presentation::route::whole::{collect, whole};
 use crate::presentation::route::{Onward, Router, Target};
 
 const CREATE: &str = "/ghost.agent.v1.VmService/Create";
@@ -179,51 +179,52 @@ impl Routed {
             labels,
             request_id: Some(create.request_id.clone()).filter(|id| !id.is_empty()),
         };
+        let admitted = self.admission.anywhere(caller, &wanted)?;
         let Admitted {
             host,
             placed,
             reserved,
-        } = self.admission.anywhere(caller, &wanted)?;
+        } = self.admission.send(caller, &wanted, admitted).await?;
         let host = self.fleet.read(|state| state.require_host(host).cloned())?;
         note.host(host.id, &host.tenant);
         let reserved = match self.admission.hold(caller, reserved).await {
             Ok(reserved) => reserved,
             Err(error) => {
                 if let Some(id) = &wanted.request_id {
-                    self.admission.forget(caller, id);
+                    self.admission.forget(caller, id).await;
                 }
                 return Err(error);
             }
         };
         note.detail(&format!("placed on {}: {}", host.name, placed.reason));
         let request = Request::from_parts(parts, whole(bytes));
-        let sent = self
-            .forward(caller, &host, method, request, request_id, false)
+        let sent = AtomicBool::new(false);
+        let answer = self
+            .carried(
+                caller,
+                &host,
+                method,
+                request,
+                request_id,
+                false,
+                &sent,
+                wanted.request_id.is_some(),
+            )
             .await;
-        let settled = match sent {
+        let settled = match answer {
             Ok(answer) => settle(answer, reserved).await,
             Err(error) => Err(error),
         };
-        let never_there = |code: ErrorCode| {
-            matches!(
-                code,
-                ErrorCode::HostOffline | ErrorCode::CorePermissionDenied | ErrorCode::HostLocked
-            )
+        // Where it certainly made nothing the next attempt may go elsewhere. Where that is not
+        // certain it goes to the same host again, which knows the request if it took it.
+        let nothing = match &settled {
+            Ok((_, refused)) => refused.is_some_and(is_certain),
+            Err(_) => !sent.load(Ordering::Relaxed),
         };
-        let (mut answer, refused) = match settled {
-            Ok(settled) => settled,
-            Err(error) => {
-                // It never got there: the next attempt may go elsewhere. Where that is not certain it
-                // goes to the same host again, which knows the request if it took it.
-                if let (Some(id), true) = (&wanted.request_id, never_there(error.code())) {
-                    self.admission.forget(caller, id);
-                }
-                return Err(error);
-            }
-        };
-        if let (Some(id), true) = (&wanted.request_id, refused) {
-            self.admission.forget(caller, id);
+        if let (Some(id), true) = (&wanted.request_id, nothing) {
+            self.admission.forget(caller, id).await;
         }
+        let (mut answer, _) = settled?;
         let shown = match &caller.tenant {
             Some(_) => host.name.to_string(),
             None => format!("{}/{}", host.tenant, host.name),
@@ -258,6 +259,26 @@ impl Routed {
         request_id: &str,
         forwarded: bool,
     ) -> Result<Response<Body>> {
+        let sent = AtomicBool::new(false);
+        self.carried(
+            caller, host, method, request, request_id, forwarded, &sent, false,
+        )
+        .await
+    }
+
+    /// Notes in `sent` whether the host may have taken the call, however it ended.
+    #[expect(clippy::too_many_arguments, reason = "the parts of one call")]
+    async fn carried(
+        &self,
+        caller: &Caller,
+        host: &HostRecord,
+        method: &Method,
+        request: Request<Body>,
+        request_id: &str,
+        forwarded: bool,
+        sent: &AtomicBool,
+        repeatable: bool,
+    ) -> Result<Response<Body>> {
         let onward = Onward {
             target: self.target(host, forwarded)?,
             host: host.id,
@@ -265,6 +286,8 @@ impl Routed {
             caller,
             request_id,
             shape: method.shape,
+            sent,
+            repeatable: repeatable || is_a_look(method),
         };
         tracing::Span::current().record("host", host.name.as_str());
         self.router
@@ -471,45 +494,16 @@ pub(super) fn check_host(host: &HostRecord, access: Access, reach: CoreReach) ->
     )))
 }
 
+/// Whether a call only looks, and ends with its answer.
+const fn is_a_look(method: &Method) -> bool {
+    matches!(method.access, Access::Role(Role::Viewer)) && matches!(method.shape, Shape::Unary)
+}
+
 fn demand_of(create: &agent::CreateVmRequest) -> Demand {
     Demand {
         cpus: create.vcpus,
         memory: ByteSize::from_bytes(create.memory_bytes),
         disk: ByteSize::from_bytes(create.disk_bytes),
-    }
-}
-
-/// A body that is in memory already.
-fn whole(bytes: Bytes) -> Body {
-    Body::new(axum::body::Body::from(bytes))
-}
-
-/// All of a body of one message, and its trailers.
-async fn collect(mut body: Body) -> Result<(Bytes, Option<HeaderMap>)> {
-    let mut bytes = BytesMut::new();
-    let mut trailers = None;
-    loop {
-        let frame =
-            std::future::poll_fn(|context| std::pin::Pin::new(&mut body).poll_frame(context));
-        let Some(frame) = frame.await else {
-            return Ok((bytes.freeze(), trailers));
-        };
-        let frame = frame.map_err(|status| {
-            Error::new(ErrorCode::Cancelled, "the call was broken off")
-                .because(code_name(status.code()))
-        })?;
-        match frame.into_data() {
-            Ok(data) => {
-                if bytes.len() + data.len() > MOST_MESSAGE + 5 {
-                    return Err(
-                        Error::new(ErrorCode::PayloadTooLarge, "the message is too large")
-                            .because(format!("{MOST_MESSAGE} bytes are the most")),
-                    );
-                }
-                bytes.put(data);
-            }
-            Err(frame) => trailers = frame.into_trailers().ok(),
-        }
     }
 }
 
@@ -543,19 +537,20 @@ async fn read<M: Message + Default>(request: Request<Body>) -> Result<Read<M>> {
 }
 
 /// Waits for the end of a call that makes or changes a VM, so that room which was held for nothing
-/// is given back. Says too whether the host refused it.
+/// is given back. Says too how the host refused it, if it did.
 async fn settle(
     answer: Response<Body>,
     reserved: Option<Reserved>,
-) -> Result<(Response<Body>, bool)> {
+) -> Result<(Response<Body>, Option<Code>)> {
     let (parts, body) = answer.into_parts();
     let (bytes, trailers) = collect(body).await?;
     let status = trailers
         .as_ref()
         .and_then(Status::from_header_map)
         .or_else(|| Status::from_header_map(&parts.headers));
-    let refused = status.is_none_or(|status| status.code() != Code::Ok);
-    if let (false, Some(reserved)) = (refused, reserved) {
+    let code = status.map_or(Code::Unknown, |status| status.code());
+    let refused = Some(code).filter(|code| *code != Code::Ok);
+    if let (None, Some(reserved)) = (refused, reserved) {
         let operation: Option<agent::Operation> = message(&bytes).ok();
         reserved.keep(operation.map(|one| one.vm).filter(|vm| !vm.is_empty()));
     }
@@ -564,6 +559,22 @@ async fn settle(
         trailers,
     });
     Ok((Response::from_parts(parts, body), refused))
+}
+
+/// Whether a host that refuses a create so has begun nothing: the others may also come of a call that
+/// was cut off on its way, by Core or by another replica.
+const fn is_certain(code: Code) -> bool {
+    !matches!(
+        code,
+        Code::Ok
+            | Code::Cancelled
+            | Code::Unknown
+            | Code::DeadlineExceeded
+            | Code::Internal
+            | Code::Unavailable
+            | Code::DataLoss
+            | Code::Aborted
+    )
 }
 
 /// A body of which all is known.

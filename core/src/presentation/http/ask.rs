@@ -1,6 +1,8 @@
 //! From JSON to a call and back: the guard and the services are those of gRPC.
 
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll, ready};
 
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Request, header};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
@@ -8,12 +10,13 @@ use ghost_domain::{Error, ErrorCode, Result};
 use ghost_presentation::http::problem::Failure;
 use ghost_presentation::request::REQUEST_ID;
 use ghost_proto::core::metadata;
-use http_body::Body as _;
+use ghost_proto::core::v1::ListFleetVmsRequest;
+use http_body::{Body as _, Frame};
 use prost::Message;
 use tonic::body::Body;
 use tonic::{Code, Status};
 
-use super::super::grpc::Front;
+use super::super::grpc::{AsJson, Front};
 use super::Shell;
 use crate::presentation::peer::{Peer, PeerKind};
 use crate::presentation::status::error_of;
@@ -127,6 +130,27 @@ pub(super) async fn call(
     method: &str,
     body: axum::body::Body,
 ) -> Result<Answers> {
+    let request = request(headers, host, method, body)?;
+    let response = front.call(&by_headers(), request).await;
+    let (parts, body) = response.into_parts();
+    let mut answers = Answers {
+        headers: HeaderMap::new(),
+        body,
+        read: BytesMut::new(),
+        told: false,
+        ended: false,
+    };
+    answers.settle(&parts.headers)?;
+    answers.headers = parts.headers;
+    Ok(answers)
+}
+
+fn request(
+    headers: &HeaderMap,
+    host: Option<&str>,
+    method: &str,
+    body: axum::body::Body,
+) -> Result<Request<Body>> {
     let mut request = Request::new(Body::new(body));
     *request.method_mut() = axum::http::Method::POST;
     *request.uri_mut() = method
@@ -148,18 +172,49 @@ pub(super) async fn call(
             .map_err(|_| Error::new(ErrorCode::HostNotFound, "no host has a name like that"))?;
         own.insert(metadata::HOST, name);
     }
-    let response = front.call(&by_headers(), request).await;
-    let (parts, body) = response.into_parts();
-    let mut answers = Answers {
-        headers: HeaderMap::new(),
-        body,
-        read: BytesMut::new(),
-        told: false,
-        ended: false,
-    };
-    answers.settle(&parts.headers)?;
-    answers.headers = parts.headers;
-    Ok(answers)
+    Ok(request)
+}
+
+/// Lists VMs as JSON that comes piece by piece, as it is written down.
+pub(super) async fn listed_vms(
+    shell: &Arc<Shell>,
+    headers: &HeaderMap,
+    question: &ListFleetVmsRequest,
+) -> Result<axum::body::Body, Failure> {
+    let method = "/ghost.core.v1.FleetService/ListVms";
+    let mut request = request(headers, None, method, framed(question)?.into())?;
+    request.extensions_mut().insert(AsJson);
+    let response = shell.front.call(&by_headers(), request).await;
+    // A refusal comes with the head.
+    match Status::from_header_map(response.headers()) {
+        Some(status) if status.code() != Code::Ok => Err(error_of(&status).into()),
+        _ => Ok(axum::body::Body::new(Untrailed(response.into_body()))),
+    }
+}
+
+/// A body without what gRPC says behind it.
+struct Untrailed(Body);
+
+impl http_body::Body for Untrailed {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<std::result::Result<Frame<Bytes>, Status>>> {
+        loop {
+            match ready!(Pin::new(&mut self.0).poll_frame(context)) {
+                Some(Ok(frame)) if frame.is_trailers() => {
+                    let status = frame.trailers_ref().and_then(Status::from_header_map);
+                    if let Some(status) = status.filter(|status| status.code() != Code::Ok) {
+                        return Poll::Ready(Some(Err(status)));
+                    }
+                }
+                other => return Poll::Ready(other),
+            }
+        }
+    }
 }
 
 /// Makes a call with one answer.

@@ -13,7 +13,7 @@ use ghost_proto::core::v1 as message;
 use ghost_proto::view;
 use serde::Serialize;
 
-use super::ask::{ask, ask_all};
+use super::ask::{ask, ask_all, listed_vms};
 use super::bodies::{
     AuditQuery, CommandsQuery, ForceQuery, HostsQuery, KeyBody, PlaceBody, QueueBody, TenantBody,
     TenantQuery, TokenBody, UpdateHostBody, UpdateTenantBody, UpdateUserBody, VmsQuery,
@@ -159,10 +159,9 @@ pub(super) async fn list_vms(
     headers: HeaderMap,
     Query(query): Query<VmsQuery>,
 ) -> Answer {
-    let request = query.message()?;
-    let found: message::ListFleetVmsResponse =
-        ask(&shell, &headers, fleet!("ListVms"), &request).await?;
-    Ok(each::<_, view::FleetVm>(found.vms))
+    let listed = listed_vms(&shell, &headers, &query.message()?).await?;
+    let json = [(header::CONTENT_TYPE, "application/json")];
+    Ok((json, listed).into_response())
 }
 
 /// Tell where a VM would go

@@ -215,7 +215,7 @@ pub(super) async fn create_vm(
         .filter(|text| !text.is_empty());
     let mut admitted = None;
     let front = &shell.front;
-    let entered = front
+    let mut entered = front
         .enter(
             Door {
                 headers: request.headers(),
@@ -233,16 +233,14 @@ pub(super) async fn create_vm(
                     (None, None) => TenantName::new(TenantName::DEFAULT)?,
                 };
                 note.subject(body.name());
-                let placed = front.parts.admission.anywhere(
-                    caller,
-                    &Wanted {
-                        tenant,
-                        name: body.name().to_owned(),
-                        demand: body.demand(),
-                        labels,
-                        request_id: key.clone(),
-                    },
-                )?;
+                let asked = Wanted {
+                    tenant,
+                    name: body.name().to_owned(),
+                    demand: body.demand(),
+                    labels,
+                    request_id: key.clone(),
+                };
+                let placed = front.parts.admission.anywhere(caller, &asked)?;
                 note.detail(&format!(
                     "placed on {}: {}",
                     placed.placed.name, placed.placed.reason
@@ -251,21 +249,33 @@ pub(super) async fn create_vm(
                     .parts
                     .fleet
                     .read(|state| state.require_host(placed.host).cloned());
-                admitted = Some(placed);
+                admitted = Some((placed, asked));
                 host
             },
         )
         .await?;
-    let Some(placed) = admitted else {
+    let Some((placed, asked)) = admitted else {
         return Err(Failure(Error::internal("the VM was placed nowhere")));
     };
     let caller = entered.admitted.caller.clone();
     let admission = &shell.front.parts.admission;
+    let placed = match admission.send(&caller, &asked, placed).await {
+        Ok(placed) => placed,
+        Err(error) => return Err(shell.refuse(entered, error).await),
+    };
+    if placed.host != entered.host.id {
+        // Another replica was asked first.
+        let fleet = &shell.front.parts.fleet;
+        match fleet.read(|state| state.require_host(placed.host).cloned()) {
+            Ok(host) => entered.host = host,
+            Err(error) => return Err(shell.refuse(entered, error).await),
+        }
+    }
     let reserved = match admission.hold(&caller, placed.reserved).await {
         Ok(reserved) => reserved,
         Err(error) => {
             if let Some(key) = &key {
-                admission.forget(&caller, key);
+                admission.forget(&caller, key).await;
             }
             return Err(shell.refuse(entered, error).await);
         }
@@ -284,13 +294,16 @@ pub(super) async fn create_vm(
     *request.body_mut() = Body::from(bytes);
     let carried = shell.carry(entered, &onward, request).await;
     let refused = match &carried {
-        Ok(response) => !response.status().is_success(),
+        // What else there is may come of a request that was cut off on its way.
+        Ok(response) => {
+            response.status().is_client_error() && response.status() != StatusCode::REQUEST_TIMEOUT
+        }
         Err(Failure(error)) => error.code() == ErrorCode::HostOffline,
     };
     match (refused, reserved) {
         (true, _) => {
             if let Some(key) = &key {
-                shell.front.parts.admission.forget(&caller, key);
+                shell.front.parts.admission.forget(&caller, key).await;
             }
         }
         (false, Some(reserved)) if carried.is_ok() => reserved.keep(None),

@@ -122,6 +122,8 @@ pub(super) fn check_answer(parts: &Parts, host: &str) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicBool;
+
     use ghost_domain::{HostId, Role, TenantName};
     use ghost_presentation::Shape;
 
@@ -139,6 +141,8 @@ mod tests {
         }
     }
 
+    static SENT: AtomicBool = AtomicBool::new(false);
+
     fn onward(caller: &Caller, target: Target) -> Onward<'_> {
         Onward {
             target,
@@ -147,6 +151,8 @@ mod tests {
             caller,
             request_id: "r-1",
             shape: Shape::Unary,
+            sent: &SENT,
+            repeatable: false,
         }
     }
 

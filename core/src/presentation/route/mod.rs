@@ -12,14 +12,18 @@
 //! - Whoever hangs up ends the call at the other side too, and a deadline goes along.
 //! - Of a caller's metadata the host gets all but what belongs to the connection and what says who
 //!   calls; that is Core's to say ([`headers`]).
+//! - A call that does no harm twice, and whose way dies before there is an answer, takes another way
+//!   where there is one: the link, where a direct way died.
 //! - A host that vanishes in the middle ends the call with a status of ours, in the trailers.
 
 pub(in crate::presentation) mod headers;
 mod pool;
 mod relay;
 pub(in crate::presentation) mod replica;
+pub(in crate::presentation) mod whole;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -76,6 +80,11 @@ pub struct Onward<'a> {
     pub request_id: &'a str,
     /// How it ends.
     pub shape: Shape,
+    /// Set once the host may have got it.
+    pub sent: &'a AtomicBool,
+    /// Whether it does no harm twice: it only looks, or the host knows it by its request id. Where
+    /// the way that it took dies before there is an answer, it takes another one.
+    pub repeatable: bool,
 }
 
 /// So long a unary call may be without an answer where its caller sets no deadline: longer than the
@@ -209,9 +218,17 @@ impl Router {
             .map_err(|cause| Error::internal("the call has no usable path").because(cause))?;
         parts.version = Version::HTTP_2;
         parts.extensions = Default::default();
-        let request = Request::from_parts(parts, body);
-
-        let answered = self.pool.send(onward, request);
+        let answered = async {
+            if !onward.repeatable {
+                return self
+                    .pool
+                    .send(onward, Request::from_parts(parts, body), None)
+                    .await;
+            }
+            let (bytes, _) = whole::collect(body).await?;
+            let request = || Request::from_parts(parts.clone(), whole::whole(bytes.clone()));
+            self.pool.send(onward, request(), Some(&request)).await
+        };
         let longest = onward
             .shape
             .deadline(LONGEST_UNARY)

@@ -178,27 +178,44 @@ impl Pool {
             .sum()
     }
 
-    /// Sends a call and waits for the head of its answer.
+    /// Sends a call and waits for the head of its answer. `again` makes it anew, where it may be
+    /// sent twice: once, over another way than the one that died.
     pub(super) async fn send(
         &self,
         onward: &Onward<'_>,
         mut request: Request<Body>,
+        mut again: Option<&(dyn Fn() -> Request<Body> + Send + Sync)>,
     ) -> Result<(Response<Incoming>, Lease)> {
         let mut attempts = 0;
         loop {
             attempts += 1;
             let lease = self.lease(&onward.target, onward.host_name).await?;
             let mut sender = lease.0.sender.clone();
+            onward.sent.store(true, Ordering::Relaxed);
             let mut failed = match sender.try_send_request(request).await {
                 Ok(response) => return Ok((response, lease)),
                 Err(failed) => failed,
             };
             match failed.take_message() {
                 // It ended between the look and the call, and nothing was sent.
-                Some(unsent) if attempts < 3 => request = unsent,
+                Some(unsent) if attempts < 3 => {
+                    onward.sent.store(false, Ordering::Relaxed);
+                    request = unsent;
+                }
                 _ => {
                     let error = failed.into_error();
                     let lost = lease.is_lost(&error);
+                    if lost
+                        && let Target::Host(host) = onward.target
+                        && let Some(make) = again.take()
+                        && self.hosts.has(host)
+                        && self.hosts.way(host).await != lease.0.way
+                    {
+                        tracing::debug!(%host, error = causes(&error), "a call takes another way");
+                        request = make();
+                        attempts = 0;
+                        continue;
+                    }
                     return Err(broken_off(onward.host_name, lost, causes(&error)));
                 }
             }

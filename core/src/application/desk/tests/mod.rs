@@ -9,6 +9,8 @@ use std::time::Duration;
 use ghost_domain::{ErrorCode, TenantName};
 
 use super::*;
+use crate::application::direct::{DirectDialer, DirectWay};
+use crate::domain::DirectPolicy;
 use crate::infrastructure::store::{MemoryStore, SharedMemory};
 use support::*;
 
@@ -56,6 +58,56 @@ async fn a_host_that_says_hello_is_online_and_its_vms_are_known() {
     tokio::time::sleep(Duration::from_secs(10)).await;
     let stored = core.fleet.read(|state| state.inventory(host).cloned());
     assert_eq!(stored.unwrap().vms.len(), 1);
+}
+
+/// Notes who is dialled, where nobody answers.
+#[derive(Default)]
+struct Nowhere(parking_lot::Mutex<Vec<std::net::SocketAddr>>);
+
+#[async_trait]
+impl DirectDialer for Arc<Nowhere> {
+    async fn dial(
+        &self,
+        _: &TenantName,
+        _: HostId,
+        address: std::net::SocketAddr,
+    ) -> ghost_domain::Result<Arc<dyn DirectWay>> {
+        self.0.lock().push(address);
+        Err(Error::new(ErrorCode::HostOffline, "nobody"))
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_address_that_a_heartbeat_tells_is_dialled_over_the_same_link() {
+    let core = core(MemoryStore::new(), "core-1").await.unwrap();
+    let dialer = Arc::new(Nowhere::default());
+    core.desk.use_directs(Directs::new(
+        Arc::clone(&core.fleet),
+        Arc::new(Arc::clone(&dialer)),
+        DirectPolicy::default(),
+        Duration::from_secs(5),
+    ));
+    let host = core.add_host().await;
+    let mut link = core.linked(host).await;
+    for (sequence, address) in [(1, "192.168.50.2:9090"), (2, "192.168.50.3:9090")] {
+        let FromHost::Heartbeat(mut told) = beat(sequence, sequence == 1, Vec::new(), 0) else {
+            panic!("no heartbeat");
+        };
+        told.direct_addresses = Some(vec![("lan".into(), address.into())]);
+        link.say(FromHost::Heartbeat(told));
+        link.next().await;
+        let info = core.desk.link_info(host).unwrap();
+        assert_eq!(info.direct_addresses, [("lan".into(), address.into())]);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let last = dialer.0.lock().last().copied();
+        assert_eq!(last, Some(address.parse().unwrap()));
+    }
+    // What nobody speaks of stays.
+    link.say(beat(3, false, Vec::new(), 0));
+    link.next().await;
+    assert!(core.desk.has(host));
+    let info = core.desk.link_info(host).unwrap();
+    assert_eq!(info.direct_addresses.len(), 1);
 }
 
 #[tokio::test(start_paused = true)]

@@ -288,6 +288,7 @@ pub(super) fn beat(sequence: u64, full: bool, vms: Vec<VmSummary>, digest: u64) 
         },
         link: HostLinkFacts::default(),
         facts: None,
+        direct_addresses: None,
     }))
 }
 

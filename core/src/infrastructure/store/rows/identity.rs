@@ -7,7 +7,9 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::{DemandRow, Hash, credential, millis, role, tenant, time, times};
-use crate::domain::{FleetKey, HeldRoom, JoinToken, Quota, Tenant, TokenKind, User, UserSource};
+use crate::domain::{
+    FleetKey, HeldRoom, JoinToken, Quota, SentCreate, Tenant, TokenKind, User, UserSource,
+};
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -155,6 +157,44 @@ impl From<HeldRow> for HeldRoom {
             vm,
             vms,
             demand: demand.into(),
+            until: time(until),
+        }
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct SentRow {
+    host: Uuid,
+    attempts: u32,
+    until: i64,
+}
+
+impl From<&SentCreate> for SentRow {
+    fn from(sent: &SentCreate) -> Self {
+        let SentCreate {
+            host,
+            attempts,
+            until,
+        } = sent;
+        Self {
+            host: host.uuid(),
+            attempts: *attempts,
+            until: until.unix_millis(),
+        }
+    }
+}
+
+impl From<SentRow> for SentCreate {
+    fn from(row: SentRow) -> Self {
+        let SentRow {
+            host,
+            attempts,
+            until,
+        } = row;
+        Self {
+            host: HostId::from_uuid(host),
+            attempts,
             until: time(until),
         }
     }

@@ -50,6 +50,7 @@ pub(super) fn name(key: &RecordKey) -> String {
         K::Command(host, id) => format!("command/{host}/{id}"),
         K::Tenant(name) => format!("tenant/{name}"),
         K::Room(name) => format!("room/{name}"),
+        K::Sent(id) => format!("sent/{id}"),
         K::User(id) => format!("user/{id}"),
         K::Key(id) => format!("key/{id}"),
         K::Token(id) => format!("token/{id}"),
@@ -76,6 +77,7 @@ pub(super) fn key(name: &str) -> Result<RecordKey> {
         ["command", host, id] => K::Command(host.parse()?, id.parse()?),
         ["tenant", name] => K::Tenant(name.parse()?),
         ["room", name] => K::Room(name.parse()?),
+        ["sent", id] => K::Sent(sent_id(id)?),
         ["user", id] => K::User(id.parse()?),
         ["key", id] => K::Key(id.parse()?),
         ["token", id] => K::Token(id.parse()?),
@@ -86,6 +88,10 @@ pub(super) fn key(name: &str) -> Result<RecordKey> {
         ["authority"] => K::Authority,
         _ => return Err(unknown("a record", name)),
     })
+}
+
+fn sent_id(text: &str) -> Result<Uuid> {
+    text.parse().map_err(|_| unknown("an id", text))
 }
 
 /// Encodes a record.
@@ -104,6 +110,7 @@ pub(super) fn encode(record: &Record) -> Result<Vec<u8>> {
             let rows: Vec<_> = held.iter().map(identity::HeldRow::from).collect();
             pack(&rows)
         }
+        Record::Sent(sent) => pack(&identity::SentRow::from(sent)),
         Record::User(user) => pack(&identity::UserRow::from(user)),
         Record::Key(key) => pack(&identity::KeyRow::from(key)),
         Record::Token(token) => pack(&identity::TokenRow::from(token)),
@@ -139,6 +146,7 @@ pub(super) fn decode(key: &RecordKey, bytes: &[u8]) -> Result<Record> {
                 let rows: Vec<identity::HeldRow> = unpack(bytes)?;
                 Record::Room(rows.into_iter().map(Into::into).collect())
             }
+            K::Sent(_) => Record::Sent(unpack::<identity::SentRow>(bytes)?.into()),
             K::User(_) => Record::User(unpack::<identity::UserRow>(bytes)?.try_into()?),
             K::Key(_) => Record::Key(unpack::<identity::KeyRow>(bytes)?.try_into()?),
             K::Token(_) => Record::Token(unpack::<identity::TokenRow>(bytes)?.try_into()?),

@@ -33,6 +33,7 @@ fn the_samples_have_one_of_each_kind() {
         "owner",
         "replica",
         "room",
+        "sent",
         "tenant",
         "token",
         "user",

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream::{self, BoxStream};
 use ghost_domain::{
@@ -18,7 +17,8 @@ use prost::Message;
 use tonic::{Request, Response, Status};
 
 use super::super::notes::Note;
-use super::{Answer, answer, caller, listing, note};
+use super::listing::{self, FRAME, Listed};
+use super::{Answer, answer, caller, note};
 use crate::application::accounts::{
     CreateKeyCommand, CreateTokenCommand, Keys, Tenants, Tokens, UpdateUserCommand, Users,
     WhoJoins, tenant_of,
@@ -33,7 +33,7 @@ use crate::application::hosts::{
 use crate::application::quota_check::{Admission, Reserved, Wanted};
 use crate::application::vms::{ListVms, ListVmsQuery};
 use crate::domain::ports::FleetAuthority;
-use crate::domain::{Caller, QueuedCommand as CommandRecord, Replica as ReplicaRecord};
+use crate::domain::{Caller, Form, QueuedCommand as CommandRecord, Replica as ReplicaRecord};
 use crate::presentation::convert;
 use crate::presentation::route::Router;
 
@@ -74,8 +74,12 @@ fn count(number: usize) -> u32 {
 }
 
 impl Fleets {
-    /// `ListVms`, with an answer that is encoded.
-    pub(super) fn listed_vms(&self, request: Request<ListFleetVmsRequest>) -> Answer<Bytes> {
+    /// `ListVms`, as it goes out.
+    pub(super) fn listed_vms(
+        &self,
+        request: Request<ListFleetVmsRequest>,
+        form: Form,
+    ) -> Answer<Listed> {
         let caller = caller(&request)?;
         let request = request.into_inner();
         let filled = |text: String| Some(text).filter(|text| !text.is_empty());
@@ -87,10 +91,14 @@ impl Fleets {
                 name: filled(request.name),
             };
             let hosts = self.list_vms.execute(&caller, query)?;
-            listing::encode(&hosts, self.now())
-                .map_err(|cause| Error::internal("a list cannot be written").because(cause))
+            listing::list(hosts, form, self.now())
         };
         answer(listed())
+    }
+
+    /// How many hosts there are, of all tenants.
+    pub(super) fn host_count(&self) -> usize {
+        self.fleet.read(|state| state.hosts().len())
     }
 
     fn now(&self) -> Timestamp {
@@ -479,9 +487,9 @@ impl FleetService for Fleets {
         &self,
         request: Request<ListFleetVmsRequest>,
     ) -> Answer<ListFleetVmsResponse> {
-        let encoded = self.listed_vms(request)?.into_inner();
+        let listed = self.listed_vms(request, Form::Message)?.into_inner();
         answer(
-            ListFleetVmsResponse::decode(encoded)
+            ListFleetVmsResponse::decode(listed.whole().slice(FRAME..))
                 .map_err(|cause| Error::internal("a list cannot be read back").because(cause)),
         )
     }

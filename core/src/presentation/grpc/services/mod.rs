@@ -5,7 +5,7 @@ mod enrolment;
 mod events;
 mod fleet;
 mod health;
-mod listing;
+pub(super) mod listing;
 mod replica;
 
 use std::sync::Arc;
