@@ -184,9 +184,9 @@ impl ReadGuestFile {
             length,
         } = command;
         check_guest_path(&path)?;
-        let visit = self
+        let mut visit = self
             .door
-            .enter(principal, target, "file_read", detail::word(&path))
+            .enter_early(principal, target, "file_read", detail::word(&path))
             .await?;
         let opened = self
             .door
@@ -194,6 +194,11 @@ impl ReadGuestFile {
             .guests
             .read_file(visit.vm, &path, offset, length)
             .await;
+        // The disk was given the line while the guest opened the file, which costs as long. Where
+        // that failed, the call is ended by dropping its reader.
+        if let Err(error) = visit.logged().await {
+            return Err(visit.fail(error));
+        }
         let (file, inner) = match opened {
             Ok(opened) => opened,
             Err(error) => return Err(visit.fail(error)),
@@ -265,11 +270,16 @@ impl WriteGuestFile {
         file: FileWrite,
     ) -> Result<Box<dyn GuestFileWriter>> {
         check_guest_path(&file.path)?;
-        let visit = self
+        let mut visit = self
             .door
-            .enter(principal, target, "file_write", detail::write(&file))
+            .enter_early(principal, target, "file_write", detail::write(&file))
             .await?;
-        let inner = match self.door.ports.guests.write_file(visit.vm, file).await {
+        let opened = self.door.ports.guests.write_file(visit.vm, file).await;
+        // As for reading: so far the guest has made a temporary file, and no byte was sent.
+        if let Err(error) = visit.logged().await {
+            return Err(visit.fail(error));
+        }
+        let inner = match opened {
             Ok(inner) => inner,
             Err(error) => return Err(visit.fail(error)),
         };

@@ -170,6 +170,40 @@ async fn what_came_of_a_call_is_not_told_before_its_line_is_on_the_disk() {
     assert!(error.message().contains("audit log"), "{error}");
     // The program was under way, and was ended; that is a line too, once the disk is back.
     agent.lines(&["exec begun", "exec failed: io_failed"]).await;
+    // A file was opened, and no byte of it went either way.
+    world.guests.state.lock().audit.clear();
+    let read = ReadGuestFileCommand {
+        path: "/etc/hosts".into(),
+        ..ReadGuestFileCommand::default()
+    };
+    let read_guest_file = &agent.use_cases.read_guest_file;
+    let refused = read_guest_file
+        .execute(&Agent::me(), &target("web"), read)
+        .await;
+    assert_eq!(refused.map(drop).unwrap_err().code(), ErrorCode::IoFailed);
+    agent
+        .lines(&["file_read begun", "file_read failed: io_failed"])
+        .await;
+    world.guests.state.lock().audit.clear();
+    let write = FileWrite {
+        path: "/root/new".into(),
+        size: 3,
+        mode: 0o600,
+        owner: None,
+        modified_at: None,
+        checksum: None,
+        resume: false,
+        make_parents: false,
+        no_replace: false,
+    };
+    let write_guest_file = &agent.use_cases.write_guest_file;
+    let refused = write_guest_file
+        .execute(&Agent::me(), &target("web"), write)
+        .await;
+    assert_eq!(refused.map(drop).unwrap_err().code(), ErrorCode::IoFailed);
+    agent
+        .lines(&["file_write begun", "file_write failed: io_failed"])
+        .await;
     // Whatever else is called waits for the disk first.
     world.guests.state.lock().audit.clear();
     let calls = world.guests.calls().len();
