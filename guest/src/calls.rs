@@ -237,7 +237,7 @@ impl Port {
         }
     }
 
-    /// Waits until a whole frame may be sent; says how much it may hold.
+    /// Waits until a whole piece may be sent; says how much that is.
     pub(crate) fn room(&self) -> Result<usize, Failure> {
         let most = self.rules.flow.most;
         let mut flow = lock(&self.shared.flow);
@@ -245,8 +245,8 @@ impl Port {
             if flow.cancelled {
                 return Err(cancelled());
             }
-            // What is left of a window goes into no small frame of its own: the host grants before
-            // less than a frame is left of what it has not granted (see `guest::Flow`).
+            // What is left of a window goes into no small piece of its own: the host grants before
+            // less than a piece is left of what it has not granted (see `guest::Flow`).
             if flow.window >= most as u64 {
                 return Ok(most);
             }
@@ -258,10 +258,10 @@ impl Port {
         }
     }
 
-    /// Where the host knows bulk frames, one to be filled, of at most so many bytes.
-    pub(crate) fn envelope(&self, size: usize) -> Option<Envelope> {
+    /// Where the host knows bulk frames, one to be filled with at most so many bytes.
+    pub(crate) fn envelope(&self, most: usize) -> Option<Envelope> {
         let (session, id) = self.rules.bulk?;
-        Envelope::new(&id, &session, size).ok()
+        Envelope::new(&id, &session, most).ok()
     }
 
     /// Sends what was put in an envelope, at most what [`Port::room`] allowed.

@@ -100,8 +100,7 @@ pub mod guest {
         pub const FILE: Self = Self {
             window: 512 * 1024,
             most: 128 * 1024,
-            // Two pieces: in a frame of `most` bytes a little less of them is contents.
-            grant: 252 * 1024,
+            grant: 256 * 1024,
         };
         /// Whoever waits for a whole piece of the window waits for no more than a grant.
         const ENDS: () = assert!(

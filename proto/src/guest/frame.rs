@@ -112,11 +112,11 @@ pub struct Envelope {
 }
 
 impl Envelope {
-    /// One whose frame has at most `size` bytes in all, for the contents of a call's file.
+    /// One with room for `most` bytes of the contents of a call's file.
     ///
     /// # Errors
-    /// [`TooLong`], where such a frame is not allowed, or has no room for contents.
-    pub fn new(message_id: &[u8], session: &[u8], size: usize) -> Result<Self, TooLong> {
+    /// [`TooLong`], where such a frame is not allowed.
+    pub fn new(message_id: &[u8], session: &[u8], most: usize) -> Result<Self, TooLong> {
         let message = AgentMessage {
             message_id: message_id.to_vec(),
             session: session.to_vec(),
@@ -128,13 +128,7 @@ impl Envelope {
             })),
         };
         let length = message.encoded_len();
-        let around = bulk_length(length, 0)?;
-        let most = size.saturating_sub(around);
-        if most == 0 {
-            return Err(TooLong { length });
-        }
-        bulk_length(length, most)?;
-        let mut frame = Vec::with_capacity(size);
+        let mut frame = Vec::with_capacity(bulk_length(length, most)?);
         begin_bulk(&message, &mut frame)?;
         Ok(Self {
             frame,
@@ -535,30 +529,27 @@ mod tests {
         let Some(Payload::StreamData(StreamData { data, .. })) = contents(5_000).payload else {
             unreachable!()
         };
-        let bytes = bulk(&contents(5_000));
-        let around = bytes.len() - data.len();
-        let mut envelope = Envelope::new(&[7; 16], &[9; 16], around + 6_000).unwrap();
-        assert_eq!(envelope.room(), 6_000);
-        envelope.contents().extend_from_slice(&data);
-        assert_eq!((envelope.room(), envelope.written()), (1_000, &data[..]));
-        assert_eq!(envelope.seal().unwrap(), bytes.freeze());
-        // Filled to the brim it is as large as was said.
-        let mut envelope = Envelope::new(&[7; 16], &[9; 16], 4_096).unwrap();
-        let room = envelope.room();
-        envelope.contents().extend(vec![1; room]);
-        assert_eq!(envelope.room(), 0);
-        assert_eq!(envelope.seal().unwrap().len(), 4_096);
+        for most in [5_000, 6_000] {
+            let mut envelope = Envelope::new(&[7; 16], &[9; 16], most).unwrap();
+            assert_eq!(envelope.room(), most);
+            envelope.contents().extend_from_slice(&data);
+            assert_eq!(
+                (envelope.room(), envelope.written()),
+                (most - 5_000, &data[..])
+            );
+            assert_eq!(envelope.seal().unwrap(), bulk(&contents(5_000)).freeze());
+        }
     }
 
     #[test]
-    fn an_envelope_without_room_or_contents_or_with_too_much_is_none() {
-        let new = |size| Envelope::new(&[7; 16], &[9; 16], size);
-        assert!(new(0).is_err() && new(40).is_err() && new(HEADER + MOST_PAYLOAD + 1).is_err());
-        assert!(new(HEADER + MOST_PAYLOAD).is_ok());
+    fn an_envelope_without_contents_or_with_too_much_is_none() {
+        let new = |most| Envelope::new(&[7; 16], &[9; 16], most);
+        assert!(new(MOST_PAYLOAD).is_err());
         assert!(Envelope::new(&[7; 300], &[9; 16], 4_096).is_err());
         assert!(new(4_096).unwrap().seal().is_err());
         let mut over = new(100).unwrap();
-        over.contents().extend_from_slice(&[0; 100]);
+        over.contents().extend_from_slice(&[0; 101]);
+        assert_eq!(over.room(), 0);
         assert!(over.seal().is_err());
     }
 
