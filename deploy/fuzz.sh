@@ -12,11 +12,11 @@ command -v cargo-fuzz >/dev/null || {
     exit 1
 }
 export RUSTC_BOOTSTRAP=1
-[ $# -gt 0 ] || set -- guest_frame guest_message host_link
+[ $# -gt 0 ] || set -- guest_frame guest_message host_link core_link piko_socket host_token
 for target in "$@"; do
     features=()
-    # The host's side takes much longer to build.
-    [ "$target" != host_link ] || features=(--features host)
+    # What is not the guest's takes much longer to build.
+    [[ $target == guest_* ]] || features=(--features host)
     found=fuzz/target/corpus/$target
     mkdir -p "$found" "fuzz/artifacts/$target"
     cargo fuzz run "${features[@]}" "$target" "$found" "fuzz/corpus/$target" -- \

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use ghost_application::guest::GuestOptions;
 use ghost_application::{Application, Options, Ports};
 use ghost_domain::ports::{
-    CertificateAuthority, Clock, Hypervisor, ImageCatalogue, NetworkProvider, StateStore,
+    CertificateAuthority, Clock, GuestLinks, Hypervisor, ImageCatalogue, NetworkProvider,
+    StateStore,
 };
 use ghost_domain::{Overcommit, Reserved, Result};
 use ghost_infrastructure::audit::{AuditOptions, FileAuditLog};
@@ -34,12 +35,15 @@ pub(crate) struct Composition {
     pub(crate) application: Application,
     pub(crate) authority: Arc<Authority>,
     pub(crate) clock: Arc<dyn Clock>,
+    /// To be let go at the end.
+    pub(crate) guests: Arc<VirtioGuestLinks>,
 }
 
 /// Reads and opens everything that blocks; call it outside async code. libvirt need not be there.
 pub(crate) struct Adapters {
     ports: Ports,
     authority: Arc<Authority>,
+    guests: Arc<VirtioGuestLinks>,
 }
 
 /// Opens the adapters; call it in the runtime on which links to guests shall run.
@@ -78,7 +82,7 @@ pub(crate) fn adapters(config: &Config) -> Result<Adapters> {
     });
     let host = Arc::new(LinuxHost::new(data_dir));
     let (hypervisor, networks) = hypervisor(config)?;
-    let guests = VirtioGuestLinks::new(GuestLinkOptions {
+    let guests = Arc::new(VirtioGuestLinks::new(GuestLinkOptions {
         program,
         telemetry_interval: Some(config.guest.telemetry_interval),
         limits: LinkLimits {
@@ -86,7 +90,7 @@ pub(crate) fn adapters(config: &Config) -> Result<Adapters> {
             ..LinkLimits::default()
         },
         ..GuestLinkOptions::new(Arc::clone(&clock))
-    });
+    }));
     let audit = FileAuditLog::open(AuditOptions::new(data_dir, Arc::clone(&clock)))?;
     let ports = Ports {
         hypervisor,
@@ -98,11 +102,15 @@ pub(crate) fn adapters(config: &Config) -> Result<Adapters> {
         host,
         store,
         authority: Arc::clone(&authority) as Arc<dyn CertificateAuthority>,
-        guests: Arc::new(guests),
+        guests: Arc::clone(&guests) as Arc<dyn GuestLinks>,
         audit: Arc::new(audit),
         clock,
     };
-    Ok(Adapters { ports, authority })
+    Ok(Adapters {
+        ports,
+        authority,
+        guests,
+    })
 }
 
 impl Adapters {
@@ -138,6 +146,7 @@ impl Adapters {
             application,
             authority: self.authority,
             clock,
+            guests: self.guests,
         })
     }
 }

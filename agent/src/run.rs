@@ -43,6 +43,9 @@ const WORKERS: usize = 2;
 /// How long operations may take to come to a point where they can be left.
 const DRAIN: Duration = Duration::from_secs(20);
 
+/// How long the guests' channels may take to be let go; they do so side by side.
+const GUESTS: Duration = Duration::from_secs(1);
+
 /// Everything that is bound before work begins.
 struct Bound {
     local: Option<LocalSocket>,
@@ -218,6 +221,7 @@ async fn serve(config: Config) -> Result<()> {
     {
         tracing::warn!("connections did not end in time");
     }
+    composition.guests.let_go(GUESTS).await;
     tracing::info!("ghost-agent has ended");
     match failure {
         Some(Err(error)) => Err(error),

@@ -116,6 +116,9 @@ pub struct GuestLinkStatus {
     /// Since when it has not answered, where it is connected but silent: a guest that is paused,
     /// hangs, or whose agent is stuck.
     pub silent_since: Option<Monotonic>,
+    /// Connections one after the other on which the guest said nothing at all, so that each was given
+    /// up for the next.
+    pub mute_connections: u32,
     /// Calls that are under way.
     pub running_calls: u32,
     /// Rules of the protocol that it broke in this session.

@@ -11,7 +11,10 @@ use ghost_guest::power::{PowerMode, System};
 use ghost_guest::{Capability, Channel, End, Options, serve};
 use ghost_proto::guest::frame::{self, Decoder, Found};
 use ghost_proto::guest::v1::agent_message::Payload;
-use ghost_proto::guest::v1::{AgentMessage, Hello, Ping};
+use ghost_proto::guest::v1::{
+    AgentMessage, ExecuteRequest, FileAttributes, FileReadRequest, FileWriteRequest, Hello, Ping,
+    Terminal,
+};
 use prost::Message;
 
 /// The frame decoder: the same is found however the bytes are cut, and none is lost or made up.
@@ -57,22 +60,17 @@ impl System for Nowhere {
 const SESSION: [u8; 16] = [7; 16];
 const LAST: [u8; 16] = [9; 16];
 
-/// A whole agent that is sent one message, made to fit its session where it can be: it must answer
-/// the ping that follows. Without exec and freeze, which would reach the machine.
+/// A whole agent that is sent one message, made to fit its session where it can be, while calls are
+/// under way that it may belong to: it must answer the ping that follows. Nothing of the machine is
+/// reached: the only programs that run are `true` and `cat`, nothing that is named to be frozen is
+/// there, and no update can be what it claims to be.
 pub fn message_in(directory: &Path, data: &[u8]) {
     let (mut host, guest) = UnixStream::pair().expect("a socket pair");
     host.set_read_timeout(Some(Duration::from_secs(20)))
         .expect("a timeout");
     let options = Options {
-        capabilities: vec![
-            Capability::Files,
-            Capability::Links,
-            Capability::Power,
-            Capability::Clock,
-            Capability::Password,
-            Capability::SshKeys,
-            Capability::Telemetry,
-        ],
+        capabilities: Capability::ALL.to_vec(),
+        program: Some(directory.join("root/ghost-guest")),
         roots: vec![directory.join("root")],
         hooks: directory.join("hooks"),
         sysroot: directory.to_path_buf(),
@@ -110,10 +108,38 @@ pub fn message_in(directory: &Path, data: &[u8]) {
             Some(Payload::FileList(request)) => request.path.insert_str(0, &root),
             Some(Payload::MakeDirectory(request)) => request.path.insert_str(0, &root),
             Some(Payload::MakeLink(request)) => request.path.insert_str(0, &root),
+            Some(Payload::Execute(request)) => {
+                request.program = "/bin/true".into();
+                // A library of the machine's would be another program.
+                request
+                    .environment
+                    .retain(|name, _| !name.starts_with("LD_"));
+            }
+            Some(Payload::Freeze(request)) => {
+                for point in &mut request.mount_points {
+                    point.insert_str(0, "/no/such/place/");
+                }
+                request.mount_points.push("/no/such/place".into());
+            }
             _ => {}
         }
         // A greeting of its own would end the session that the ping belongs to.
         if !matches!(message.payload, Some(Payload::Hello(_))) {
+            let under_way = matches!(
+                message.payload,
+                Some(
+                    Payload::StreamData(_)
+                        | Payload::WindowUpdate(_)
+                        | Payload::Signal(_)
+                        | Payload::Resize(_)
+                        | Payload::Cancel(_)
+                )
+            );
+            let calls = if under_way { calls(&root) } else { Vec::new() };
+            for (id, call) in calls {
+                send(&id, Some(call));
+                send(&id, message.payload.clone());
+            }
             send(&[1; 16], message.payload.clone());
             send(&message.message_id, message.payload);
         }
@@ -150,6 +176,48 @@ pub fn message_in(directory: &Path, data: &[u8]) {
     );
 }
 
+/// Calls that go on for a while: a program, one in a terminal, and a file either way.
+fn calls(root: &str) -> Vec<([u8; 16], Payload)> {
+    let program = |terminal| {
+        Payload::Execute(ExecuteRequest {
+            program: "/bin/cat".into(),
+            stdin: true,
+            terminal,
+            ..ExecuteRequest::default()
+        })
+    };
+    vec![
+        ([2; 16], program(None)),
+        (
+            [3; 16],
+            program(Some(Terminal {
+                rows: 24,
+                columns: 80,
+                kind: "dumb".into(),
+            })),
+        ),
+        (
+            [4; 16],
+            Payload::FileWrite(FileWriteRequest {
+                path: format!("{root}/taken"),
+                attributes: Some(FileAttributes {
+                    size_bytes: 100,
+                    mode: 0o644,
+                    ..FileAttributes::default()
+                }),
+                ..FileWriteRequest::default()
+            }),
+        ),
+        (
+            [5; 16],
+            Payload::FileRead(FileReadRequest {
+                path: format!("{root}/given"),
+                ..FileReadRequest::default()
+            }),
+        ),
+    ]
+}
+
 /// [`message_in`] a directory of its own, made once.
 pub fn message(data: &[u8]) {
     let directory = std::env::temp_dir().join(format!("ghost-fuzz-{}", std::process::id()));
@@ -158,8 +226,9 @@ pub fn message(data: &[u8]) {
     }
     let passwd = directory.join("etc/passwd");
     if !passwd.exists() {
-        std::fs::write(passwd, "root:x:0:0::/home:/bin/sh\n").expect("a file");
+        std::fs::write(passwd, "root:x:0:0::/home:/bin/true\n").expect("a file");
         std::fs::write(directory.join("etc/group"), "root:x:0:\n").expect("a file");
+        std::fs::write(directory.join("root/given"), [b'x'; 100_000]).expect("a file");
     }
     message_in(&directory, data);
 }

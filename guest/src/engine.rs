@@ -854,7 +854,6 @@ impl<'a> Engine<'a> {
 
     /// Takes the exit statuses of processes whose parents died before them.
     fn bury(&mut self) {
-        use rustix::process::{WaitId, WaitIdOptions};
         let own = |pid: rustix::process::Pid, engine: &Self| {
             engine.dying.iter().any(|dying| dying.pid() == pid)
                 || engine
@@ -862,18 +861,9 @@ impl<'a> Engine<'a> {
                     .values()
                     .any(|running| matches!(&running.call, Call::Exec(exec) if exec.pid() == pid))
         };
-        // Looked at first, and left where it is one of ours that its call waits for.
-        for _ in 0..1024 {
-            let Some(pid) = crate::exec::peek_dead_child() else {
-                return;
-            };
-            if own(pid, self) {
-                return;
-            }
-            let _ = rustix::process::waitid(
-                WaitId::Pid(pid),
-                WaitIdOptions::EXITED | WaitIdOptions::NOHANG,
-            );
+        let mut most = 1024;
+        while most > 0 && crate::exec::bury_dead_child(|pid| own(pid, self)) {
+            most -= 1;
         }
     }
 

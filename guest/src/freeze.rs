@@ -138,7 +138,8 @@ impl Freezer {
         Arc::new(Self {
             hooks: options.hooks.clone(),
             note: options.sysroot.join("run/ghost-guest.frozen"),
-            mounts: PathBuf::from("/proc/self/mountinfo"),
+            // Of this thread: what is frozen is what it sees.
+            mounts: PathBuf::from("/proc/thread-self/mountinfo"),
             state: Mutex::new(State::Thawed),
             wake: Condvar::new(),
             expired: AtomicBool::new(false),
@@ -414,6 +415,7 @@ fn run_hook(hook: &Path, most: Duration) -> Result<(), String> {
         .stdout(write)
         .stderr(second)
         .process_group(0);
+    let _waiting = crate::exec::waiting_for_children();
     let mut child = command.spawn().map_err(|error| said(error.to_string()))?;
     // The writing ends that this process holds go with it; otherwise the output never ends.
     drop(command);

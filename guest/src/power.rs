@@ -103,6 +103,7 @@ impl System for HostSystem {
                             format!("there is no {program}, and process 1 is unknown"),
                         )
                     })?;
+                let _waiting = crate::exec::waiting_for_children();
                 let status = Command::new(program).args(arguments).env_clear().status()?;
                 if status.success() {
                     Ok(())

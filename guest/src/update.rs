@@ -129,6 +129,7 @@ fn fill(file: &mut File, request: &UpdateRequest, port: &mut Port) -> Result<(),
 
 /// Whether it runs here at all, before anything is risked.
 fn try_out(new: &Path, version: &str) -> Result<(), Failure> {
+    let _waiting = crate::exec::waiting_for_children();
     let output = Command::new(new)
         .arg("version")
         .env_clear()

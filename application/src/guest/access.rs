@@ -1,8 +1,8 @@
 //! Switch the guest access of one VM off or on.
 //!
 //! A change of the record alone: it needs neither libvirt nor an idle VM nor its image, because
-//! whoever shuts a door must not have to wait for the house. The definition in libvirt takes it up
-//! with its next change; until then the record's export holds it.
+//! whoever shuts a door must not have to wait for the house. Supervision writes it into libvirt's
+//! metadata as soon as that is there; until then the record's export holds it.
 
 use std::sync::Arc;
 

@@ -10,6 +10,9 @@ use super::detail::escape;
 use super::door::{Door, check_access, check_link, check_power};
 use crate::registry::{Model, VmEntry};
 
+/// So many connections without a word are no chance.
+const MUTE: u32 = 2;
+
 /// One layer between the caller and the guest's agent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GuestLayer {
@@ -201,6 +204,17 @@ fn agent(entry: &VmEntry, status: &GuestLinkStatus, now: ghost_domain::Monotonic
                 escape(&hello.hostname, 64),
                 escape(&hello.operating_system, 64),
                 status.running_calls
+            ),
+        ),
+        // An agent that is there announces itself on every new connection.
+        None if status.mute_connections >= MUTE => bad(
+            "agent",
+            format!(
+                "not a byte came from the guest on {} connections one after the other",
+                status.mute_connections
+            ),
+            format!(
+                "see whether its agent runs: ghostctl vm console {name}; where it does, its port has lost all buffers to floods, and has them again after a restart: ghostctl vm restart {name}"
             ),
         ),
         None => {

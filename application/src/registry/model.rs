@@ -43,6 +43,8 @@ pub(crate) struct VmEntry {
     pub(crate) usage: Option<VmStorageUsage>,
     pub(crate) drift: Vec<String>,
     pub(crate) drift_since: Timestamp,
+    /// Whether its guest may be entered, as the domain's own metadata said when it was last read.
+    pub(crate) access_in_domain: Option<bool>,
     pub(crate) operation: Option<OperationId>,
     /// What is known of its inside.
     pub(crate) guest: GuestSeen,
@@ -172,6 +174,7 @@ impl Model {
                             usage: None,
                             drift: Vec::new(),
                             drift_since: Timestamp::default(),
+                            access_in_domain: None,
                             operation,
                             guest: GuestSeen::default(),
                             told: None,

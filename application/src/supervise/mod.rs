@@ -4,9 +4,11 @@
 //! ```text
 //! hypervisor events ─> power, drift, gone ─> registry ─> crash policy ─> engine
 //! (re)connected ─────> full list ─────────> adopt, drift, absent       └ autostart (first time after a boot)
+//! guest access ──────> the domains' metadata
 //! every few seconds ─> liveness, leases of VMs that have none
 //! ```
 
+mod access;
 mod autostart;
 mod crash;
 mod guest;
@@ -119,6 +121,11 @@ impl Supervisor {
         tasks.spawn(async move {
             let counting = guest::count(this);
             tell("count", token.run_until_cancelled(counting).await.is_some())
+        });
+        let (this, token) = (self.clone(), stop.clone());
+        tasks.spawn(async move {
+            let keeping = access::keep_access(this);
+            tell("access", token.run_until_cancelled(keeping).await.is_some())
         });
         if self.guest.update {
             let (this, token) = (self.clone(), stop.clone());

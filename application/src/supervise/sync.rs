@@ -62,7 +62,12 @@ fn apply(supervisor: &Supervisor, id: VmId, snapshot: Option<DomainSnapshot>) {
             Some(snapshot) => drift_of(&entry.vm, snapshot),
             None => vec!["the libvirt domain was undefined".to_owned()],
         };
+        let record = snapshot
+            .as_ref()
+            .and_then(|snapshot| snapshot.record.as_ref());
+        let access = record.map(|record| record.spec.guest.access);
         entry.observe(snapshot.map_or_else(|| absent(now), |snapshot| snapshot.observation));
+        entry.access_in_domain = access;
         let news = !held && !drift.is_empty() && drift != entry.drift;
         if !held || drift.is_empty() {
             if entry.drift.is_empty() {

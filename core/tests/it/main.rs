@@ -12,6 +12,7 @@ mod batwa;
 mod direct;
 mod events;
 mod front;
+mod fuzzed;
 mod http;
 mod links;
 mod listing;

@@ -164,6 +164,10 @@ pub trait Hypervisor: Send + Sync {
     /// Succeeds where there is none. Does not stop a running domain.
     async fn undefine(&self, vm: VmId) -> Result<()>;
 
+    /// Writes into the metadata of a domain whether its guest may be entered, into the definition
+    /// and into what runs; nothing else of it changes. Succeeds where it stands there already.
+    async fn set_guest_access(&self, vm: VmId, access: bool) -> Result<()>;
+
     /// Powers on. Succeeds where it runs already.
     async fn start(&self, vm: VmId) -> Result<()>;
 

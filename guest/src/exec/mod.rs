@@ -27,8 +27,8 @@ use crate::accounts::{Accounts, Identity};
 use crate::calls::{Mail, Mailbox};
 use crate::util::duration;
 
-pub(crate) use spawn::peek_dead_child;
 use spawn::{Child, Exit};
+pub(crate) use spawn::{bury_dead_child, waiting_for_children};
 
 /// Output of a call that waits for the channel; beyond it the program waits.
 const MOST_WAITING: usize = 128 * 1024;

@@ -9,8 +9,8 @@
 use std::ffi::{CString, c_int, c_void};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{OnceLock, PoisonError, RwLock, RwLockReadGuard, TryLockError};
 
 use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions};
@@ -454,8 +454,38 @@ fn become_program(area: &Area) -> (Stage, i32) {
     }
 }
 
+/// Held by whoever waits for a child of his own other than by its call: read to wait, write to bury.
+static WAITED_FOR: RwLock<()> = RwLock::new(());
+
+/// Keeps [`bury_dead_child`] from taking exit statuses that somebody else waits for: hooks, a program that
+/// is tried out, a command of the init system. To be held from before the child starts.
+pub(crate) fn waiting_for_children() -> RwLockReadGuard<'static, ()> {
+    WAITED_FOR.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Takes the exit status of a child of this process that has ended, unless it is one of `ours` or
+/// somebody waits for a child right now. Whether there may be more.
+pub(crate) fn bury_dead_child(ours: impl Fn(Pid) -> bool) -> bool {
+    let alone = WAITED_FOR.try_write();
+    if matches!(alone, Err(TryLockError::WouldBlock)) {
+        return false;
+    }
+    // Looked at first, and left where it is one of ours that its call waits for.
+    let Some(pid) = peek_dead_child() else {
+        return false;
+    };
+    if ours(pid) {
+        return false;
+    }
+    let _ = rustix::process::waitid(
+        WaitId::Pid(pid),
+        WaitIdOptions::EXITED | WaitIdOptions::NOHANG,
+    );
+    true
+}
+
 /// A child of this process that has ended and was not waited for, if there is one.
-pub(crate) fn peek_dead_child() -> Option<Pid> {
+fn peek_dead_child() -> Option<Pid> {
     // SAFETY: `waitid` fills the zeroed record in; without a child to report it leaves the pid 0.
     let pid = unsafe {
         let mut info: libc::siginfo_t = std::mem::zeroed();
@@ -495,4 +525,20 @@ pub(crate) fn pipe(ours: End) -> io::Result<(OwnedFd, OwnedFd)> {
 pub(crate) enum End {
     Read,
     Write,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_child_that_somebody_waits_for_is_left_to_them() {
+        let _waiting = waiting_for_children();
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let pid = Pid::from_raw(i32::try_from(child.id()).unwrap()).unwrap();
+        let ended = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+        rustix::process::waitid(WaitId::Pid(pid), ended).unwrap();
+        assert!(!bury_dead_child(|_| false));
+        assert!(child.wait().unwrap().success());
+    }
 }

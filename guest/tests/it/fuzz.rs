@@ -90,10 +90,11 @@ fn the_agent_takes_any_message() {
     }
     fs::write(
         directory.path().join("etc/passwd"),
-        "root:x:0:0::/home:/bin/sh\n",
+        "root:x:0:0::/home:/bin/true\n",
     )
     .unwrap();
     fs::write(directory.path().join("etc/group"), "root:x:0:\n").unwrap();
+    fs::write(directory.path().join("root/given"), [b'x'; 100_000]).unwrap();
     let mut chance = Chance(0x2545_f491_4f6c_dd1d);
     for (name, seed) in seeds("guest_message") {
         eprintln!("{name}");

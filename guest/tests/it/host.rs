@@ -173,7 +173,11 @@ impl Host {
             if let Some(at) = self.inbox.iter().skip(before).position(&fits) {
                 return self.inbox.remove(before + at).unwrap();
             }
-            let read = self.stream.read(&mut buffer).expect("an answer in time");
+            let read = match self.stream.read(&mut buffer) {
+                // A read with a timeout is not taken up again after a signal, as one is sent by others.
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+                read => read.expect("an answer in time"),
+            };
             assert!(read > 0, "the agent has ended the stream");
             self.decoder.push(&buffer[..read]);
         }

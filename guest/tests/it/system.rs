@@ -128,7 +128,33 @@ fn accounts_are_changed_over_the_channel() {
     assert!(root.path().join("root/.ssh/authorized_keys").is_file());
 }
 
-/// A file system of its own, on a loop device.
+/// Gives this thread, and those that it starts, a mount namespace of their own: the kernel takes away
+/// what is mounted there with the last of them, also where a signal ends the test.
+fn apart() -> Result<(), String> {
+    // SAFETY: it changes what this thread sees of mounts, and shares its working directory with nobody
+    // from here on; nobody else is touched.
+    if unsafe { libc::unshare(libc::CLONE_NEWNS) } != 0 {
+        return Err(format!("unshare: {}", std::io::Error::last_os_error()));
+    }
+    // What is mounted from here on stays here.
+    // SAFETY: all pointers are terminated strings or null, as mount(2) wants them for a change of
+    // propagation.
+    let made = unsafe {
+        libc::mount(
+            c"none".as_ptr(),
+            c"/".as_ptr(),
+            std::ptr::null(),
+            libc::MS_REC | libc::MS_PRIVATE,
+            std::ptr::null(),
+        )
+    };
+    match made {
+        0 => Ok(()),
+        _ => Err(format!("mount: {}", std::io::Error::last_os_error())),
+    }
+}
+
+/// A file system of its own, on a loop device, that nobody else sees.
 struct Mounted {
     directory: tempfile::TempDir,
 }
@@ -155,6 +181,7 @@ impl Mounted {
         let mount = directory.path().join("mount");
         fs::create_dir(&mount).unwrap();
         fs::File::create(&image).unwrap().set_len(16 << 20).unwrap();
+        apart()?;
         run("mke2fs", &["-q", "-t", "ext4", image.to_str().unwrap()])?;
         run(
             "mount",
@@ -165,6 +192,9 @@ impl Mounted {
                 mount.to_str().unwrap(),
             ],
         )?;
+        // What nobody else sees nobody has to clear away.
+        let seen = fs::read_to_string("/proc/1/mountinfo").unwrap();
+        assert!(!seen.contains(mount.to_str().unwrap()), "{seen}");
         Ok(Self { directory })
     }
 

@@ -458,7 +458,7 @@ async fn accept(context: &Context, welcome: &proto::CoreWelcome) -> Result<(), E
 }
 
 /// What Core's goodbye means for us.
-fn farewell(goodbye: proto::Goodbye) -> End {
+pub(super) fn farewell(goodbye: proto::Goodbye) -> End {
     let reason = format!("{}: {}", shown(&goodbye.code), shown(&goodbye.message));
     match goodbye.code.as_str() {
         "revoked" | "unknown_host" | "cloned_identity" => End::Refused(reason),
@@ -477,6 +477,20 @@ fn farewell(goodbye: proto::Goodbye) -> End {
             }
         }
     }
+}
+
+/// How often Core wants pings and heartbeats, within what does neither side harm, whatever it says.
+pub(super) fn intervals(welcome: &proto::CoreWelcome) -> (Duration, Duration) {
+    let interval = |wanted, default, most| {
+        convert::from_duration(wanted)
+            .filter(|duration| !duration.is_zero())
+            .unwrap_or(Duration::from_secs(default))
+            .clamp(Duration::from_millis(100), Duration::from_secs(most))
+    };
+    (
+        interval(welcome.ping_interval, 5, 60),
+        interval(welcome.heartbeat_interval, 30, 3600),
+    )
 }
 
 /// Text of Core's, fit to be shown.
@@ -553,26 +567,14 @@ impl<'a> Life<'a> {
         greeting: Duration,
     ) -> Self {
         let now = Instant::now();
-        // Within what does neither side harm, whatever Core says.
-        let interval = |wanted, default, least, most| {
-            convert::from_duration(wanted)
-                .filter(|duration| !duration.is_zero())
-                .unwrap_or(Duration::from_secs(default))
-                .clamp(least, Duration::from_secs(most))
-        };
-        let ping_interval = interval(welcome.ping_interval, 5, Duration::from_millis(100), 60);
+        let (ping_interval, heartbeat_interval) = intervals(welcome);
         Self {
             context,
             handle,
             replica: shown(&welcome.replica),
             local,
             ping_interval,
-            heartbeat_interval: interval(
-                welcome.heartbeat_interval,
-                30,
-                Duration::from_millis(100),
-                3600,
-            ),
+            heartbeat_interval,
             beats: Heartbeats::new(facts, context.direct.clone()),
             due: now,
             last_beat: now,

@@ -46,7 +46,11 @@ pub(super) fn from_timestamp(at: &prost_types::Timestamp) -> Timestamp {
 
 /// A duration that is none (negative, absent) is `None`.
 pub(super) fn from_duration(duration: Option<prost_types::Duration>) -> Option<Duration> {
-    Duration::try_from(duration?).ok()
+    let duration = duration?;
+    // The conversion of prost-types negates what is negative, which overflows for the least number.
+    let seconds = u64::try_from(duration.seconds).ok()?;
+    let nanos = u32::try_from(duration.nanos).ok()?;
+    (nanos < 1_000_000_000).then(|| Duration::new(seconds, nanos))
 }
 
 pub(super) fn facts(facts: &FleetFacts) -> proto::HostFacts {
@@ -378,8 +382,8 @@ fn size(bytes: u64) -> Option<ByteSize> {
 fn patience(duration: Option<prost_types::Duration>) -> Result<Option<Duration>> {
     match duration {
         None => Ok(None),
-        Some(duration) => match Duration::try_from(duration) {
-            Ok(duration) if duration <= Duration::from_secs(3600) => Ok(Some(duration)),
+        Some(duration) => match from_duration(Some(duration)) {
+            Some(duration) if duration <= Duration::from_secs(3600) => Ok(Some(duration)),
             _ => Err(illegal("timeout", "zero to one hour")),
         },
     }

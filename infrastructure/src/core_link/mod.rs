@@ -22,6 +22,8 @@ mod heartbeat;
 mod identity;
 mod inbound;
 pub mod piko;
+#[doc(hidden)]
+pub mod reading;
 mod signals;
 #[cfg(test)]
 mod testing;

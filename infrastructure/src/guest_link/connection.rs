@@ -232,6 +232,8 @@ impl Connection {
                     let mut memory = self.link.memory.lock();
                     memory.mutes = 0;
                     memory.flooded = false;
+                    drop(memory);
+                    self.link.status.lock().mute_connections = 0;
                 }
                 self.unfinished = true;
                 Ok(())
@@ -573,6 +575,7 @@ impl Connection {
             return false;
         }
         memory.mutes += 1;
+        self.link.status.lock().mute_connections = memory.mutes;
         true
     }
 

@@ -7,7 +7,8 @@
 //! QEMU 10.0: `virtqueue_detach_element` in `hw/char/virtio-serial-bus.c`). A queue has 128 of them;
 //! when all are lost, that port is dumb until the guest restarts. So whoever is held off is not hung
 //! up on: its channel is left unread, which costs nothing and stops it by its own full queue, and it
-//! is let go once it is quiet.
+//! is let go once it is quiet. At the orderly end of the host's agent every channel is let go as
+//! [`let_go`] says; docs/GUEST.md has the figures.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -26,6 +27,7 @@ use super::Shared;
 use super::connection::{Connection, Ended};
 use super::pace::Bucket;
 use super::session::{Session, unreachable};
+use super::wire::Wire;
 
 /// QEMU accepts at once, or it hangs.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
@@ -37,6 +39,9 @@ const QUIET: (usize, Duration) = (64 * 1024, Duration::from_millis(500));
 const MOST_LEFT: usize = 8 << 20;
 /// Thrown away at a time, and the pause after it: others have their turn.
 const PIECE: (usize, Duration) = (128 * 1024, Duration::from_millis(2));
+/// Silence after which nothing is under way any more when a channel is let go, and how long that is
+/// waited for.
+const LEFTOVERS: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(300));
 /// A guest that behaved for so long has paid for what it did.
 const FORGIVEN_AFTER: Duration = Duration::from_secs(600);
 
@@ -157,26 +162,31 @@ impl Link {
                     }
                     let mut connection = Connection::new(Arc::clone(&self), stream);
                     let ended = tokio::select! {
-                        () = self.stop.cancelled() => break,
-                        ended = connection.run() => ended,
+                        () = self.stop.cancelled() => None,
+                        ended = connection.run() => Some(ended),
                     };
                     if connection.has_greeted() {
                         pause = limits.reconnect.0;
                     }
-                    // Only whoever is held off stays connected.
                     let wire = connection.keep();
-                    if !matches!(ended, Ended::Misbehaved(_)) {
-                        wire.close();
-                    }
+                    let Some(ended) = ended else {
+                        let_go(&wire, limits.parting).await;
+                        break;
+                    };
                     match ended {
                         Ended::Lost(cause) => {
+                            wire.close();
                             self.disconnected(&cause);
                             let wait = pause;
                             pause = (pause * 2).min(limits.reconnect.1);
                             wait
                         }
                         // To whoever looks the channel is still there: nothing else was known of it.
-                        Ended::Mute => limits.reconnect.0,
+                        Ended::Mute => {
+                            wire.close();
+                            limits.reconnect.0
+                        }
+                        // Whoever is held off stays connected.
                         Ended::Misbehaved(mut detail) => {
                             self.disconnected("it broke the rules of the protocol");
                             self.memory.lock().flooded = true;
@@ -198,7 +208,7 @@ impl Link {
                                 }
                                 "a flood that goes on while it is held off".clone_into(&mut detail);
                             }
-                            wire.close();
+                            let_go(&wire, limits.parting).await;
                             Duration::ZERO
                         }
                     }
@@ -271,6 +281,46 @@ async fn is_quiet(stream: &UnixStream) -> bool {
         }
         if came < QUIET.0 {
             return true;
+        }
+    }
+}
+
+/// Lets go of a channel so that QEMU keeps nothing back of what the guest sends, where that can be had:
+/// an agent whose session has ended stops sending, and once all that is under way was read, nothing is
+/// there that a hang-up could cost. QEMU is then told that we write no more, which it takes for the end
+/// of the connection, and what it still hands over is read until it has hung up itself: a plain hang-up
+/// would fail its next write. A guest that floods on whatever we do loses one buffer to this.
+async fn let_go(wire: &Wire, most: Duration) {
+    let mut buffer = vec![0; PIECE.0];
+    let parting = async {
+        let quiet = drain(&wire.stream, &mut buffer, Some(LEFTOVERS.0));
+        drop(tokio::time::timeout(LEFTOVERS.1, quiet).await);
+        if rustix::net::shutdown(&wire.stream, rustix::net::Shutdown::Write).is_ok() {
+            drain(&wire.stream, &mut buffer, None).await;
+        }
+    };
+    // QEMU does not look for our end while the guest takes nothing.
+    drop(tokio::time::timeout(LEFTOVERS.1 + most, parting).await);
+    wire.close();
+}
+
+/// Reads and throws away, until the other side has gone or nothing has come for a while.
+async fn drain(stream: &UnixStream, buffer: &mut [u8], quiet: Option<Duration>) {
+    loop {
+        match stream.try_read(buffer) {
+            Ok(0) => return,
+            Ok(_) => tokio::task::yield_now().await,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                let readable = match quiet {
+                    Some(quiet) => tokio::time::timeout(quiet, stream.readable()).await,
+                    None => Ok(stream.readable().await),
+                };
+                if !matches!(readable, Ok(Ok(()))) {
+                    return;
+                }
+            }
+            Err(_) => return,
         }
     }
 }

@@ -41,6 +41,7 @@ use ghost_domain::ports::{
 use ghost_domain::{Error, ErrorCode, Result, VmId};
 use parking_lot::RwLock;
 use tokio::runtime::Handle;
+use tokio_util::task::TaskTracker;
 
 pub use clean::text as clean_text;
 pub(crate) use program::missing as missing_program;
@@ -49,6 +50,9 @@ pub use program::{GuestProgram, MOST_PROGRAM_BYTES, PROGRAM_NAME};
 use events::Broadcast;
 use link::Link;
 use session::{Session, lockdown, unreachable};
+
+/// Why links end with the agent.
+const ENDING: &str = "the host's agent is shutting down";
 
 /// What links need.
 #[derive(Clone)]
@@ -104,6 +108,9 @@ pub struct LinkLimits {
     pub reconnect: (Duration, Duration),
     /// How long a guest is held off that broke the rules: at first and at most.
     pub hold_off: (Duration, Duration),
+    /// Until QEMU must have seen that a channel is let go. It does so within a millisecond or two,
+    /// unless its guest takes nothing.
+    pub parting: Duration,
     /// Until an updated agent must have said hello.
     pub update: Duration,
 }
@@ -118,6 +125,7 @@ impl Default for LinkLimits {
             partial_frame: Duration::from_secs(10),
             reconnect: (Duration::from_millis(50), Duration::from_secs(2)),
             hold_off: (Duration::from_secs(5), Duration::from_secs(300)),
+            parting: Duration::from_millis(400),
             update: Duration::from_secs(60),
         }
     }
@@ -155,6 +163,7 @@ pub struct VirtioGuestLinks {
     shared: Arc<Shared>,
     program: GuestProgram,
     links: RwLock<HashMap<VmId, Arc<Link>>>,
+    tasks: TaskTracker,
     runtime: Handle,
 }
 
@@ -175,6 +184,7 @@ impl VirtioGuestLinks {
             }),
             program: options.program,
             links: RwLock::default(),
+            tasks: TaskTracker::new(),
             runtime: Handle::current(),
         }
     }
@@ -194,6 +204,19 @@ impl VirtioGuestLinks {
         self.link(vm)?.session()
     }
 
+    /// Lets go of all channels for good, within `most`. A plain end of the process would do that too,
+    /// but in the midst of a flood it costs the guest's port a buffer, as [`link`] says.
+    pub async fn let_go(&self, most: Duration) {
+        let links = std::mem::take(&mut *self.links.write());
+        for link in links.values() {
+            link.stop(ENDING);
+        }
+        self.tasks.close();
+        if tokio::time::timeout(most, self.tasks.wait()).await.is_err() {
+            tracing::warn!("some guests' channels were not let go in time");
+        }
+    }
+
     fn patience(&self) -> Duration {
         self.shared.limits.answer
     }
@@ -202,7 +225,7 @@ impl VirtioGuestLinks {
 impl Drop for VirtioGuestLinks {
     fn drop(&mut self) {
         for link in self.links.get_mut().values() {
-            link.stop("the host's agent is shutting down");
+            link.stop(ENDING);
         }
     }
 }
@@ -216,7 +239,8 @@ impl GuestLinks for VirtioGuestLinks {
         }
         let link = Arc::new(Link::new(vm, Arc::clone(&self.shared)));
         links.insert(vm, Arc::clone(&link));
-        self.runtime.spawn(link.run(socket.to_owned()));
+        self.tasks
+            .spawn_on(link.run(socket.to_owned()), &self.runtime);
     }
 
     fn detach(&self, vm: VmId, reason: &str) {

@@ -22,7 +22,7 @@ use super::link::LinkState;
 use super::networks::LibvirtNetworks;
 use super::session::{Session, is};
 use super::state;
-use super::xml::domain_xml;
+use super::xml::{METADATA_NAMESPACE, METADATA_PREFIX, domain_xml, with_guest_access};
 
 /// The hypervisor behind libvirt. Cheap to share; its threads end when the last user drops it.
 pub struct LibvirtHypervisor {
@@ -154,6 +154,40 @@ impl Session<'_> {
             Err(error) if is(&error, ErrorNumber::NoDomain) && !self.connection.is_dead() => Ok(()),
             Err(error) => Err(self.error("look for a name in libvirt", &error)),
         }
+    }
+
+    /// The jobs of a VM run one after the other, so that no definition of ours comes between reading
+    /// and writing.
+    fn set_guest_access(&self, id: VmId, access: bool) -> Result<()> {
+        let domain = self.ours(id)?;
+        let doing = "write whether the guest may be entered";
+        let failed = |error| self.error(doing, &error);
+        let mut places = Vec::new();
+        if domain.is_persistent().map_err(failed)? {
+            places.push(sys::VIR_DOMAIN_AFFECT_CONFIG);
+        }
+        if self.is_active(&domain)? {
+            places.push(sys::VIR_DOMAIN_AFFECT_LIVE);
+        }
+        let kind = i32::try_from(sys::VIR_DOMAIN_METADATA_ELEMENT).unwrap_or(i32::MAX);
+        for place in places {
+            let known = domain
+                .metadata(kind, Some(METADATA_NAMESPACE), place)
+                .map_err(failed)?;
+            if let Some(wanted) = with_guest_access(&known, access)? {
+                domain
+                    .set_metadata(
+                        kind,
+                        Some(&wanted),
+                        Some(METADATA_PREFIX),
+                        Some(METADATA_NAMESPACE),
+                        place,
+                    )
+                    .map_err(failed)?;
+            }
+        }
+        self.core.forget(id);
+        Ok(())
     }
 
     fn undefine(&self, id: VmId) -> Result<()> {
@@ -450,6 +484,14 @@ impl Hypervisor for LibvirtHypervisor {
     async fn undefine(&self, vm: VmId) -> Result<()> {
         self.core
             .call("undefine", Some(vm), move |session| session.undefine(vm))
+            .await
+    }
+
+    async fn set_guest_access(&self, vm: VmId, access: bool) -> Result<()> {
+        self.core
+            .call("set guest access", Some(vm), move |session| {
+                session.set_guest_access(vm, access)
+            })
             .await
     }
 

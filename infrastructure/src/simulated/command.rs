@@ -17,6 +17,8 @@ pub enum Call {
     Info,
     /// `Hypervisor::define`.
     Define,
+    /// `Hypervisor::set_guest_access`.
+    SetGuestAccess,
     /// `Hypervisor::undefine`.
     Undefine,
     /// `Hypervisor::start`.
@@ -50,6 +52,7 @@ impl Call {
             Self::Any => "any",
             Self::Info => "info",
             Self::Define => "define",
+            Self::SetGuestAccess => "set_guest_access",
             Self::Undefine => "undefine",
             Self::Start => "start",
             Self::ShutDown => "shut_down",

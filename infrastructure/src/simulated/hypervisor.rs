@@ -415,6 +415,15 @@ impl Hypervisor for SimulatedHypervisor {
             .await
     }
 
+    async fn set_guest_access(&self, vm: VmId, access: bool) -> Result<()> {
+        self.inner
+            .call(Call::SetGuestAccess, Some(vm), move |world| {
+                world.ours(vm)?;
+                world.set_guest_access(vm, access)
+            })
+            .await
+    }
+
     async fn start(&self, vm: VmId) -> Result<()> {
         let check = self.inner.options.check_files;
         self.inner

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::command::{Call, Command};
-use crate::libvirt::xml::{Element, Parsed, parse_domain};
+use crate::libvirt::xml::{Element, METADATA_NAMESPACE, Parsed, parse_domain, with_guest_access};
 
 /// A scripted fault.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -302,6 +302,30 @@ impl World {
         });
         domain.xml = xml;
         domain.persistent = true;
+        self.put(id, domain)?;
+        self.news.push(HypervisorEvent::Defined { id });
+        Ok(())
+    }
+
+    /// Changes our element alone; of a domain there is one definition here.
+    pub(super) fn set_guest_access(&mut self, id: VmId, access: bool) -> Result<()> {
+        let mut domain = self.any(id)?;
+        let mut root = Element::parse(&domain.xml)?;
+        let ours = root
+            .children
+            .iter_mut()
+            .filter(|child| child.name == "metadata")
+            .flat_map(|metadata| &mut metadata.children)
+            .find(|child| child.namespace == METADATA_NAMESPACE);
+        let Some(ours) = ours else {
+            return Ok(());
+        };
+        let Some(changed) = with_guest_access(&ours.to_xml()?, access)? else {
+            return Ok(());
+        };
+        *ours = Element::parse(&changed)?;
+        ours.set_namespace(METADATA_NAMESPACE);
+        domain.xml = root.to_xml()?;
         self.put(id, domain)?;
         self.news.push(HypervisorEvent::Defined { id });
         Ok(())

@@ -541,6 +541,10 @@ impl Hypervisor for FakeHypervisor {
         self.behave().await
     }
 
+    async fn set_guest_access(&self, _: VmId, _: bool) -> Result<()> {
+        self.behave().await
+    }
+
     async fn start(&self, _: VmId) -> Result<()> {
         self.become_now(ObservedPower::Running).await
     }

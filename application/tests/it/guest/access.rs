@@ -155,6 +155,46 @@ async fn access_goes_off_at_once_while_libvirt_is_away_and_the_vm_is_busy() {
 }
 
 #[tokio::test]
+async fn the_domain_says_it_too_and_once_libvirt_is_back() {
+    let world = World::new();
+    let agent = world.start().await;
+    let id = agent.with_guest("web").await;
+    let said = || world.survivors.lock().domains[&id].record.spec.guest.access;
+    let wait_for = async |access: bool| {
+        agent
+            .until("the domain to say it", |_| {
+                Box::pin(async { said() == access })
+            })
+            .await;
+    };
+    let operator = principal(Role::Operator);
+    for access in [false, true] {
+        switch(&agent, &operator, access).await.unwrap();
+        wait_for(access).await;
+    }
+    // Away: the call does not wait, and the domain follows later.
+    world.survivors.lock().reachable = false;
+    drop(world.events.send(HypervisorEvent::Disconnected {
+        reason: "connection reset".into(),
+    }));
+    switch(&agent, &operator, false).await.unwrap();
+    assert!(said());
+    world.survivors.lock().reachable = true;
+    drop(world.events.send(HypervisorEvent::Connected));
+    wait_for(false).await;
+    // Whatever somebody else writes there is not what counts, and does not stay.
+    let domain = |access| {
+        let mut survivors = world.survivors.lock();
+        let domain = survivors.domains.get_mut(&id).unwrap();
+        domain.record.spec.guest.access = access;
+    };
+    domain(true);
+    drop(world.events.send(HypervisorEvent::Defined { id }));
+    wait_for(false).await;
+    assert_eq!(refusal(&agent).await, Some(ErrorCode::GuestAccessOff));
+}
+
+#[tokio::test]
 async fn access_is_off_also_where_that_cannot_be_recorded() {
     let world = World::new();
     let agent = world.start().await;

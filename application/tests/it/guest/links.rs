@@ -301,6 +301,29 @@ async fn a_guest_that_is_not_ours_to_change_is_left_alone() {
 }
 
 #[tokio::test]
+async fn a_port_without_a_voice_is_told_with_what_gives_it_back() {
+    let world = World::new();
+    let agent = world.start().await;
+    agent.created("web", true).await;
+    let layer = async || {
+        let status = &agent.use_cases.get_guest_status;
+        let status = status.execute(&Agent::me(), "web").await.unwrap();
+        let agent = status.layers.into_iter().find(|one| one.name == "agent");
+        agent.unwrap()
+    };
+    // Once may be a guest that boots.
+    for (mute, hint) in [
+        (0, "vm logs"),
+        (1, "vm logs"),
+        (2, "ghostctl vm restart web"),
+    ] {
+        world.guests.state.lock().mute = mute;
+        let layer = layer().await;
+        assert!(!layer.ok && layer.hint.contains(hint), "{layer:?}");
+    }
+}
+
+#[tokio::test]
 async fn a_vm_takes_the_hosts_way_of_bringing_the_agent_in() {
     let world = World::new();
     world.guests.state.lock().options.inject = GuestInject::Never;

@@ -200,6 +200,16 @@ impl Hypervisor for Fake {
         Ok(())
     }
 
+    async fn set_guest_access(&self, id: VmId, access: bool) -> Result<()> {
+        self.domain(id, |domain| {
+            domain.record.spec.guest.access = access;
+            Ok(())
+        })
+        .await?;
+        drop(self.world.events.send(HypervisorEvent::Defined { id }));
+        Ok(())
+    }
+
     async fn start(&self, id: VmId) -> Result<()> {
         self.domain(id, |domain| {
             self.set(id, domain, ObservedPower::Running, "booted");

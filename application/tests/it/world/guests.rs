@@ -24,6 +24,8 @@ use tokio::sync::{broadcast, watch};
 pub(crate) struct State {
     /// VMs that a link is kept to.
     pub(crate) attached: BTreeMap<VmId, std::path::PathBuf>,
+    /// Connections without a word, one after the other, to every guest that has not greeted.
+    pub(crate) mute: u32,
     /// Why the others were let go.
     pub(crate) detached: Vec<(VmId, String)>,
     /// Guests whose agent has greeted.
@@ -66,6 +68,7 @@ impl Guests {
         Self {
             state: Arc::new(Mutex::new(State {
                 attached: BTreeMap::new(),
+                mute: 0,
                 detached: Vec::new(),
                 greeted: BTreeMap::new(),
                 calls: Vec::new(),
@@ -301,6 +304,7 @@ impl GuestLinks for Guests {
         GuestLinkStatus {
             channel: state.attached.contains_key(&vm),
             hello: state.greeted.get(&vm).cloned(),
+            mute_connections: state.mute,
             ..GuestLinkStatus::default()
         }
     }

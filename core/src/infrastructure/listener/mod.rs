@@ -33,7 +33,7 @@ use crate::application::desk::Desk;
 use crate::domain::PeerIdentity;
 use crate::domain::ports::FleetAuthority;
 
-pub use wire::digest;
+pub use wire::{digest, from_host};
 
 /// How long a connection may take to be ready, from its first byte on.
 const HANDSHAKE_TIME: Duration = Duration::from_secs(10);

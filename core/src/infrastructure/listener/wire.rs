@@ -87,7 +87,11 @@ pub fn digest(vms: &BTreeMap<VmId, VmSummary>) -> u64 {
     vms_digest(&messages)
 }
 
-fn from_host(kind: Kind) -> Result<FromHost> {
+/// Reads what a host says.
+///
+/// # Errors
+/// `InvalidArgument` for what is not a host's to say, or has no meaning.
+pub fn from_host(kind: Kind) -> Result<FromHost> {
     Ok(match kind {
         Kind::Hello(hello) => FromHost::Hello(Box::new(self::hello(hello))),
         Kind::Ping(ping) => FromHost::Ping(ping.number),

@@ -10,7 +10,7 @@
 //! A token is for one endpoint or, where it names none, for all. At its `exp` the server closes the
 //! connection; a new one is made before that, and the old one serves its streams to their end.
 
-mod socket;
+pub(super) mod socket;
 #[cfg(test)]
 mod tests;
 

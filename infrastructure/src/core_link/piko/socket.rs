@@ -16,7 +16,7 @@ use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::tungstenite::{Error as WsError, Message};
 
 /// Bounds of what the other side may send at once; a yamux window is the most that makes sense.
-pub(super) fn config() -> WebSocketConfig {
+pub(in crate::core_link) fn config() -> WebSocketConfig {
     WebSocketConfig::default()
         .read_buffer_size(16 * 1024)
         .write_buffer_size(0)
@@ -27,7 +27,7 @@ pub(super) fn config() -> WebSocketConfig {
 
 /// When the last frame came, of whatever kind.
 #[derive(Clone, Debug)]
-pub(super) struct Heard(Arc<Mutex<Instant>>);
+pub(in crate::core_link) struct Heard(Arc<Mutex<Instant>>);
 
 impl Heard {
     pub(super) fn silence(&self) -> std::time::Duration {
@@ -36,14 +36,14 @@ impl Heard {
 }
 
 /// See the module's documentation.
-pub(super) struct ByteSocket<S> {
+pub(in crate::core_link) struct ByteSocket<S> {
     socket: WebSocketStream<S>,
     unread: Bytes,
     heard: Heard,
 }
 
 impl<S> ByteSocket<S> {
-    pub(super) fn new(socket: WebSocketStream<S>) -> (Self, Heard) {
+    pub(in crate::core_link) fn new(socket: WebSocketStream<S>) -> (Self, Heard) {
         let heard = Heard(Arc::new(Mutex::new(Instant::now())));
         let this = Self {
             socket,

@@ -12,7 +12,8 @@ use ghost_domain::vm::{
     Vm, VmSpec,
 };
 use ghost_domain::{
-    ByteSize, ImageDigest, ImageFormat, ImageName, MacAddress, NetworkName, Timestamp, VmId, VmName,
+    ByteSize, Error, ErrorCode, ImageDigest, ImageFormat, ImageName, MacAddress, NetworkName,
+    Result, Timestamp, VmId, VmName,
 };
 
 use super::METADATA_NAMESPACE;
@@ -132,7 +133,7 @@ pub(crate) fn render(vm: &Vm, disk: &Path, libvirt_networks: &[String]) -> Eleme
                     if spec.delete_protection { "yes" } else { "no" },
                 )
                 .with("guest_inject", spec.guest.inject.as_str())
-                .with("guest_access", if spec.guest.access { "yes" } else { "no" })
+                .with("guest_access", yes_or_no(spec.guest.access))
                 .child(image)
                 .child(restart)
                 .children(spec.autostart.map(|autostart| {
@@ -144,6 +145,41 @@ pub(crate) fn render(vm: &Vm, disk: &Path, libvirt_networks: &[String]) -> Eleme
                 .children(tags),
         )
         .child(element("disk").with("file", encode(&disk.to_string_lossy())))
+}
+
+const fn yes_or_no(yes: bool) -> &'static str {
+    if yes { "yes" } else { "no" }
+}
+
+/// The element as libvirt hands it out by itself and takes it (virDomainGetMetadata and
+/// virDomainSetMetadata strip and add the namespace), with another guest access. `None` where it says
+/// that already.
+///
+/// # Errors
+/// `HypervisorFailed` where it is damaged; `InvalidArgument` where it cannot be written.
+pub(crate) fn with_guest_access(xml: &str, access: bool) -> Result<Option<String>> {
+    let mut root = Element::parse(xml)?;
+    root.set_namespace("");
+    let spec = root.children.iter_mut().find(|child| child.name == "spec");
+    let Some(spec) = spec else {
+        return Err(
+            Error::new(ErrorCode::HypervisorFailed, "cannot read libvirt's XML")
+                .because("our metadata in the domain is damaged"),
+        );
+    };
+    let wanted = yes_or_no(access);
+    let known = spec
+        .attributes
+        .iter_mut()
+        .find(|(name, _)| name == "guest_access");
+    match known {
+        Some((_, value)) if value == wanted => return Ok(None),
+        Some((_, value)) => wanted.clone_into(value),
+        None => spec
+            .attributes
+            .push(("guest_access".to_owned(), wanted.to_owned())),
+    }
+    root.to_xml().map(Some)
 }
 
 fn number<T: std::str::FromStr>(element: &Element, name: &str) -> Option<T> {

@@ -82,6 +82,14 @@ impl Element {
         self
     }
 
+    /// Puts the element and all below it into another namespace, or, with an empty one, into none.
+    pub(crate) fn set_namespace(&mut self, namespace: &str) {
+        namespace.clone_into(&mut self.namespace);
+        for child in &mut self.children {
+            child.set_namespace(namespace);
+        }
+    }
+
     /// An attribute's value.
     pub(crate) fn attribute(&self, name: &str) -> Option<&str> {
         self.attributes
@@ -182,7 +190,7 @@ impl Element {
 }
 
 /// The one prefix we write. libvirt keeps it, and readers go by the namespace.
-const PREFIX: &str = "ghost";
+pub(crate) const PREFIX: &str = "ghost";
 
 fn concat_prefix() -> String {
     format!("xmlns:{PREFIX}")

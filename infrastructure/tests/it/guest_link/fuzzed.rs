@@ -8,13 +8,13 @@ use std::path::Path;
 
 use ghost_proto::guest::v1::agent_message::Payload;
 use ghost_proto::guest::v1::{
-    AgentMessage, AgentReady, Done, Error, ExecuteResponse, FileListResponse, FileReadResponse,
-    FileStatResponse, FileWriteResponse, FreezeResponse, Pong, Stream, StreamData, Telemetry,
-    WindowUpdate, execute_response,
+    AgentMessage, AgentReady, Done, Error, ExecuteResponse, FileAttributes, FileListResponse,
+    FileReadResponse, FileStatResponse, FileWriteResponse, FreezeResponse, Pong, Stream,
+    StreamData, Telemetry, WindowUpdate, execute_response, file_read_response, file_write_response,
 };
 use prost::Message;
 
-/// One message of every kind that a guest sends, each before and after the program has started.
+/// One message of every kind that a guest sends.
 fn corpus() -> Vec<(&'static str, Vec<u8>)> {
     let data = |stream: Stream| {
         Payload::StreamData(StreamData {
@@ -48,6 +48,57 @@ fn corpus() -> Vec<(&'static str, Vec<u8>)> {
         (
             "read",
             Payload::FileReadResponse(FileReadResponse::default()),
+        ),
+        (
+            "started",
+            Payload::ExecuteResponse(ExecuteResponse {
+                event: Some(execute_response::Event::Started(Default::default())),
+            }),
+        ),
+        (
+            "opened",
+            Payload::FileReadResponse(FileReadResponse {
+                event: Some(file_read_response::Event::Opened(FileAttributes {
+                    kind: 1,
+                    size_bytes: u64::MAX,
+                    symlink_target: "/\u{1b}[2J".into(),
+                    modified_at: Some(prost_types::Timestamp {
+                        seconds: i64::MIN,
+                        nanos: i32::MIN,
+                    }),
+                    ..FileAttributes::default()
+                })),
+            }),
+        ),
+        (
+            "finished",
+            Payload::FileReadResponse(FileReadResponse {
+                event: Some(file_read_response::Event::Finished(
+                    file_read_response::Finished {
+                        size_bytes: u64::MAX,
+                        checksum: vec![0; 9],
+                    },
+                )),
+            }),
+        ),
+        (
+            "accepted",
+            Payload::FileWriteResponse(FileWriteResponse {
+                event: Some(file_write_response::Event::Accepted(
+                    file_write_response::Accepted { offset: u64::MAX },
+                )),
+            }),
+        ),
+        (
+            "kept",
+            Payload::FileWriteResponse(FileWriteResponse {
+                event: Some(file_write_response::Event::Written(
+                    file_write_response::Written {
+                        size_bytes: 100_000,
+                        checksum: vec![0; 8],
+                    },
+                )),
+            }),
         ),
         (
             "listed",
@@ -105,7 +156,12 @@ fn the_corpus_of_the_host_and_its_mutations() {
             bytes,
             "make it with GHOST_FUZZ_WRITE=1"
         );
-        host::host(&bytes);
+        // As it is in every call, then with bits turned over, the call's number among them.
+        for first in 0..2 * host::CALLS {
+            let mut of_call = bytes.clone();
+            of_call[0] = first;
+            host::host(&of_call);
+        }
         for _ in 0..12 {
             let mut mutated = bytes.clone();
             for _ in 0..3 {

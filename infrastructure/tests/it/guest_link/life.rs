@@ -1,15 +1,16 @@
 //! Connecting, greeting, losing, coming back.
 
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::time::Duration;
 
 use ghost_domain::guest::ExecRequest;
-use ghost_domain::ports::{ExecEvent, GuestLinks};
+use ghost_domain::ports::{ExecEvent, GuestEvent, GuestLinks};
 use ghost_domain::{ErrorCode, VmId};
 use ghost_proto::guest::v1::Stream;
 use ghost_proto::guest::v1::agent_message::Payload;
 
 use super::fake::{Channel, encode, eventually};
-use super::{connected, links, links_with, served, wait_connected, wait_lost, within};
+use super::{connected, links, links_with, next, served, wait_connected, wait_lost, within};
 
 fn program(name: &str) -> ExecRequest {
     ExecRequest::command(name, Vec::<String>::new())
@@ -156,17 +157,20 @@ async fn a_guest_that_falls_silent_is_lost_and_found_again() {
 
 #[tokio::test]
 async fn a_connection_over_which_nothing_ever_comes_is_made_anew() {
-    let links = links_with(|limits| limits.greet_again = Duration::from_millis(5));
+    let links = links_with(|limits| limits.greet_again = Duration::from_millis(20));
     let vm = VmId::random();
     let channel = Channel::new();
     links.attach(vm, channel.path());
     let mut events = links.subscribe();
     let mute = channel.accept().await;
-    let mut guest = within(channel.accept()).await;
+    let silent = within(channel.accept()).await;
     assert!(links.status(vm).channel);
+    let mut guest = within(channel.accept()).await;
+    assert!(links.status(vm).mute_connections >= 2);
     guest.greet().await;
     wait_connected(&mut *events, vm).await;
-    drop(mute);
+    assert_eq!(links.status(vm).mute_connections, 0);
+    drop((mute, silent));
 }
 
 #[tokio::test]
@@ -273,5 +277,60 @@ async fn detaching_ends_all_before_it_returns() {
     let error = session.output.next().await.unwrap_err();
     assert!(error.to_string().contains("the VM stopped"), "{error}");
     assert_eq!(links.status(vm), Default::default());
+    assert!(within(guest.try_receive()).await.is_none());
+}
+
+/// QEMU as it is in the midst of a flood: it writes whenever it can, and looks for our end before.
+/// Returns what a write of its failed with, if one did.
+fn flooding(stream: std::os::unix::net::UnixStream) -> std::thread::JoinHandle<Option<ErrorKind>> {
+    std::thread::spawn(move || {
+        let (mut stream, mut heard) = (stream, [0; 4096]);
+        let until_heard = |error: &std::io::Error| error.kind() == ErrorKind::WouldBlock;
+        loop {
+            match stream.read(&mut heard) {
+                Ok(0) => return None,
+                Ok(_) => {}
+                Err(error) if until_heard(&error) => {}
+                Err(error) => return Some(error.kind()),
+            }
+            match stream.write(&[b'A'; 16 * 1024]) {
+                Ok(_) => {}
+                Err(error) if until_heard(&error) => std::thread::yield_now(),
+                Err(error) => return Some(error.kind()),
+            }
+        }
+    })
+}
+
+/// What QEMU cannot hand over when a channel is let go it never gives back to the guest.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_channel_is_let_go_without_failing_a_write_of_qemu() {
+    let links = links_with(|limits| limits.parting = Duration::from_secs(60));
+    let mut events = links.subscribe();
+    let (vm, _channel, guest) = connected(&links).await;
+    let (_, _calm, calm) = connected(&links).await;
+    let qemu = flooding(guest.stream.into_std().unwrap());
+    let quiet = tokio::spawn(calm.serve());
+    // From here on it is left unread, and QEMU waits with what it could not hand over.
+    loop {
+        if let GuestEvent::Misbehaved { vm: which, .. } = next(&mut *events).await {
+            assert_eq!(which, vm);
+            break;
+        }
+    }
+    links.let_go(Duration::from_secs(60)).await;
+    let failed = tokio::task::spawn_blocking(|| qemu.join().unwrap());
+    assert_eq!(within(failed).await.unwrap(), None);
+    within(quiet).await.unwrap();
+    assert!(!links.status(vm).channel);
+}
+
+/// A guest that takes nothing keeps QEMU from seeing that we are going: nobody waits for it for long.
+#[tokio::test]
+async fn a_channel_whose_other_end_looks_at_nothing_is_let_go_all_the_same() {
+    let links = links_with(|limits| limits.parting = Duration::from_millis(20));
+    let (_, _channel, guest) = connected(&links).await;
+    within(links.let_go(Duration::from_secs(60))).await;
+    let mut guest = guest;
     assert!(within(guest.try_receive()).await.is_none());
 }

@@ -28,6 +28,7 @@ macro_rules! contract {
             an_undefine_behind_our_back_is_told
             an_edit_behind_our_back_is_drift
             a_crash_is_told_as_one
+            guest_access_is_written_and_nothing_else
             two_calls_at_once_agree
             what_is_there_is_told
         );
@@ -390,6 +391,52 @@ pub(crate) async fn a_crash_is_told_as_one(subject: &dyn Subject) {
     events.power(id, ObservedPower::Running).await;
     hypervisor.power_off(id).await.unwrap();
     hypervisor.undefine(id).await.unwrap();
+}
+
+pub(crate) async fn guest_access_is_written_and_nothing_else(subject: &dyn Subject) {
+    let hypervisor = subject.hypervisor();
+    let mut definition = definition(subject, "ct-access");
+    definition.vm.spec.tags = [("a <&\"'> b".to_owned(), "100 %\u{7}ö".to_owned())].into();
+    let id = definition.vm.id;
+    let record = async || hypervisor.get(id).await.unwrap().unwrap();
+    hypervisor.define(&definition).await.unwrap();
+    let before = record().await;
+    assert!(before.record.as_ref().unwrap().spec.guest.access);
+    let mut events = Events::of(hypervisor);
+    // Off, running, and paused.
+    for (round, access) in [false, true, true, false].into_iter().enumerate() {
+        match round {
+            1 => hypervisor.start(id).await.unwrap(),
+            2 => hypervisor.pause(id).await.unwrap(),
+            _ => {}
+        }
+        hypervisor.set_guest_access(id, access).await.unwrap();
+        let mut expected = before.record.clone().unwrap();
+        expected.spec.guest.access = access;
+        let now = record().await;
+        assert_eq!(now.record, Some(expected), "round {round}");
+        assert_eq!(now.drift, before.drift);
+        if round == 0 {
+            events
+                .until(
+                    "Defined",
+                    |event| matches!(event, HypervisorEvent::Defined { id: of } if *of == id),
+                )
+                .await;
+        }
+    }
+    // One that runs without a definition.
+    hypervisor.undefine(id).await.unwrap();
+    hypervisor.set_guest_access(id, true).await.unwrap();
+    hypervisor.power_off(id).await.unwrap();
+    let error = hypervisor.set_guest_access(id, true).await.unwrap_err();
+    assert_eq!(error.code(), ErrorCode::VmNotFound);
+    let foreign = VmId::random();
+    let name = format!("ct-access-{}", &foreign.to_string()[..8]);
+    subject.meddle(Meddling::DefineForeign(foreign, name)).await;
+    let error = hypervisor.set_guest_access(foreign, false).await;
+    assert_eq!(error.unwrap_err().code(), ErrorCode::VmNotFound);
+    subject.meddle(Meddling::Undefine(foreign)).await;
 }
 
 pub(crate) async fn two_calls_at_once_agree(subject: &dyn Subject) {

@@ -146,8 +146,11 @@ mod test_driver {
 }
 
 mod qemu {
-    use super::Libvirt;
+    use virt::sys;
+
+    use super::{Libvirt, Subject as _};
     use crate::hypervisor::contract::contract;
+    use crate::hypervisor::support::definition;
 
     async fn subject(check: &str) -> Option<Libvirt> {
         if !std::path::Path::new("/run/libvirt/libvirt-sock").exists() {
@@ -158,4 +161,32 @@ mod qemu {
     }
 
     contract!(subject);
+
+    /// libvirt keeps two copies of a running domain, and people look at either.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn guest_access_stands_in_what_runs_and_in_the_definition() {
+        let Some(subject) = subject("guest access in both definitions").await else {
+            return;
+        };
+        let hypervisor = subject.hypervisor();
+        let definition = definition(&subject, "ct-access2");
+        let id = definition.vm.id;
+        hypervisor.define(&definition).await.unwrap();
+        hypervisor.start(id).await.unwrap();
+        for (access, said) in [(false, "no"), (true, "yes"), (false, "no")] {
+            hypervisor.set_guest_access(id, access).await.unwrap();
+            let domain = subject.outsider.lookup_domain_by_uuid(id.uuid()).unwrap();
+            for flags in [0, sys::VIR_DOMAIN_XML_INACTIVE] {
+                let xml = domain.xml_desc(flags).unwrap();
+                let element = format!("guest_access=\"{said}\"");
+                assert!(
+                    xml.contains(&element) || xml.contains(&element.replace('"', "'")),
+                    "{element} is not in {xml}"
+                );
+                assert_eq!(xml.matches("<ghost:vm ").count(), 1, "{xml}");
+            }
+        }
+        hypervisor.power_off(id).await.unwrap();
+        hypervisor.undefine(id).await.unwrap();
+    }
 }

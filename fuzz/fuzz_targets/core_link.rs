@@ -1,0 +1,8 @@
+#![no_main]
+#[path = "../src/hosts.rs"]
+mod hosts;
+#[path = "../src/link.rs"]
+#[expect(dead_code, reason = "each target runs one of its functions")]
+mod link;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| link::core_link(data, hosts::take));

@@ -1,0 +1,6 @@
+#![no_main]
+#[path = "../src/link.rs"]
+#[expect(dead_code, reason = "each target runs one of its functions")]
+mod link;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| link::piko_socket(data));
