@@ -177,6 +177,88 @@ codes! {
     "interrupted" => Interrupted, Interrupted;
 }
 
+/// How this run got to what it asked, as far as the command line said so: a command that is to be run
+/// next has to say the same, or it asks somebody else.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Way {
+    /// The `--endpoint` of the command line.
+    pub(crate) endpoint: Option<String>,
+    /// The `--context` of the command line.
+    pub(crate) context: Option<String>,
+    /// The host of a fleet.
+    pub(crate) host: Option<String>,
+}
+
+/// Commands that are about one host.
+const OF_A_HOST: [&str; 12] = [
+    "vm",
+    "launch",
+    "list",
+    "exec",
+    "shell",
+    "cp",
+    "guest",
+    "image",
+    "operation",
+    "network",
+    "events",
+    "status",
+];
+/// Commands that are about the fleet, or about whoever is asked. All others are to be run somewhere
+/// else than here, such as on the host itself.
+const OF_ANY: [&str; 5] = ["host", "command", "tenant", "user", "version"];
+
+impl Way {
+    /// How a command about the same host begins.
+    pub(crate) fn ghostctl(&self) -> String {
+        self.begin(true)
+    }
+
+    fn begin(&self, host: bool) -> String {
+        let mut line = "ghostctl".to_owned();
+        for (flag, value) in [
+            ("endpoint", self.endpoint.as_ref()),
+            ("context", self.context.as_ref()),
+            ("host", self.host.as_ref().filter(|_| host)),
+        ] {
+            if let Some(value) = value {
+                line.push_str(&format!(" --{flag} {}", quoted(value)));
+            }
+        }
+        line
+    }
+
+    /// A hint whose commands go the same way; `fleet`: no host plays a part in them.
+    fn lead(&self, hint: &str, fleet: bool) -> String {
+        let to_host = !fleet && !hint.contains("--host");
+        let mut parts = hint.split("ghostctl ");
+        let mut led = parts.next().unwrap_or_default().to_owned();
+        for part in parts {
+            let end = part.find(|c: char| !c.is_ascii_lowercase() && c != '-');
+            let command = &part[..end.unwrap_or(part.len())];
+            let ghostctl = if OF_A_HOST.contains(&command) {
+                self.begin(to_host)
+            } else if OF_ANY.contains(&command) {
+                self.begin(false)
+            } else {
+                "ghostctl".to_owned()
+            };
+            led.push_str(&format!("{ghostctl} {part}"));
+        }
+        led
+    }
+}
+
+/// A word as a shell takes it.
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:@[]%+=,".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
+}
+
 /// What went wrong, why, and what to do next.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Failure(Box<Parts>);
@@ -187,8 +269,8 @@ struct Parts {
     detail: ErrorDetail,
     /// The agent could not be asked, or did not answer: what it did is not known.
     transport: bool,
-    /// The host of a fleet that was asked.
-    host: Option<String>,
+    /// How the next command gets to the same place.
+    way: Way,
     /// Core itself answered, about the fleet.
     fleet: bool,
 }
@@ -207,7 +289,7 @@ impl Failure {
                 violations: Vec::new(),
             },
             transport: false,
-            host: None,
+            way: Way::default(),
             fleet: false,
         }))
     }
@@ -262,20 +344,13 @@ impl Failure {
         self
     }
 
-    /// Of a call that went to this host of a fleet: what to do next is to be done there.
+    /// Of a call that went this way: what to do next is to be done there.
     #[must_use]
-    pub(crate) fn at_host(mut self, host: String) -> Self {
-        if self.0.fleet {
-            return self;
+    pub(crate) fn at(mut self, way: Way) -> Self {
+        if let Some(hint) = &mut self.0.detail.hint {
+            *hint = way.lead(hint, self.0.fleet);
         }
-        if let Some(hint) = &mut self.0.detail.hint
-            && !hint.contains("--host")
-            // What is done about a host is done at Core.
-            && !hint.contains("ghostctl host ")
-        {
-            *hint = hint.replacen("ghostctl ", &format!("ghostctl --host {host} "), 1);
-        }
-        self.0.host = Some(host);
+        self.0.way = way;
         self
     }
 
@@ -313,10 +388,7 @@ impl Failure {
             && let Some(id) = &detail.operation_id
         {
             let id = printable(id);
-            let ghostctl = match &self.0.host {
-                Some(host) => format!("ghostctl --host {}", printable(host)),
-                None => "ghostctl".to_owned(),
-            };
+            let ghostctl = printable(&self.0.way.ghostctl());
             return vec![
                 ("interrupted:", format!("the operation {id} goes on")),
                 ("  come back:", format!("{ghostctl} operation wait {id}")),
@@ -546,6 +618,58 @@ mod tests {
             assert_eq!(ErrorCode::parse(code.as_str()), Some(*code));
             assert_ne!(code.exit(), Exit::Done);
         }
+    }
+
+    #[test]
+    fn what_to_do_next_is_asked_of_the_same_host() {
+        let way = Way {
+            context: Some("my fleet".to_owned()),
+            host: Some("pc".to_owned()),
+            ..Way::default()
+        };
+        let hint = |text: &str| {
+            let failure = Failure::new(ErrorCode::Internal, "it failed").hint(text);
+            let led = failure.clone().at(way.clone()).body().error.hint.unwrap();
+            let told = failure
+                .of_fleet()
+                .at(way.clone())
+                .body()
+                .error
+                .hint
+                .unwrap();
+            (led, told)
+        };
+        // Every command of a hint, not the first alone.
+        assert_eq!(
+            hint("ghostctl guest status web, ghostctl vm logs web"),
+            (
+                "ghostctl --context 'my fleet' --host pc guest status web, \
+                 ghostctl --context 'my fleet' --host pc vm logs web"
+                    .to_owned(),
+                "ghostctl --context 'my fleet' guest status web, \
+                 ghostctl --context 'my fleet' vm logs web"
+                    .to_owned(),
+            )
+        );
+        assert_eq!(
+            hint("see ghostctl host list").0,
+            "see ghostctl --context 'my fleet' host list"
+        );
+        // What is for the host's owner, or makes another context.
+        for elsewhere in [
+            "on the host: ghostctl core allow-deletes --for 10m",
+            "on the agent's host: ghostctl trust token --role operator",
+            "ghostctl context add NAME --replace",
+            "an admin opens them again: ghostctl lockdown --lift",
+        ] {
+            assert_eq!(hint(elsewhere).0, elsewhere);
+        }
+        let lines = Failure::interrupted("0d1b").at(way.clone()).lines();
+        assert_eq!(
+            lines[2].1,
+            "ghostctl --context 'my fleet' --host pc operation cancel 0d1b"
+        );
+        assert_eq!(Way::default().ghostctl(), "ghostctl");
     }
 
     #[test]

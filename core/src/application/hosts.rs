@@ -261,7 +261,7 @@ impl RemoveHost {
             )
             .because(why)
             .hint(format!(
-                "leave the fleet on the host itself: ghost-agent leave; or: ghostctl host remove {selector} --force"
+                "leave the fleet on the host itself: ghost-agent unenroll; or: ghostctl host remove {selector} --force"
             )));
         }
         let removed = self

@@ -193,9 +193,10 @@ fn refused_of_a_host(who: &Who, access: Access, reach: CoreReach) -> Option<&'st
     match (who.role, access) {
         (None, _) => Some("unauthenticated"),
         _ if !who.sees_host => Some("host_not_found"),
+        // Whatever the role: a higher one would not help.
+        _ if reach == CoreReach::Never => Some("core_permission_denied"),
         (Some(role), Access::Role(needed)) if role < needed => Some("permission_denied"),
         (Some(Role::Viewer), Access::Guests) => Some("permission_denied"),
-        _ if reach == CoreReach::Never => Some("core_permission_denied"),
         _ => None,
     }
 }

@@ -245,6 +245,14 @@ pub(crate) struct TenantSet {
     /// Most virtual CPUs of each of its users; 0: no limit
     #[arg(long, value_name = "N")]
     pub(crate) user_cpus: Option<u32>,
+
+    /// Most memory of all VMs of each of its users; 0: no limit
+    #[arg(long, value_name = "SIZE", value_parser = values::size)]
+    pub(crate) user_memory: Option<u64>,
+
+    /// Most disk of all VMs of each of its users; 0: no limit
+    #[arg(long, value_name = "SIZE", value_parser = values::size)]
+    pub(crate) user_disk: Option<u64>,
 }
 
 /// People of the fleet.

@@ -6,6 +6,8 @@ mod fleet;
 mod guest;
 mod host;
 mod image;
+#[cfg(test)]
+mod named;
 mod operation;
 pub(crate) mod values;
 mod vm;

@@ -186,6 +186,11 @@ pub(crate) struct VmSpec {
     #[arg(long = "tag", value_name = "KEY=VALUE", value_parser = values::tag)]
     pub(crate) tags: Vec<(String, String)>,
 
+    /// At Ghost Core, where no --host is named: place it on a host with this label; again for hosts
+    /// with all of them
+    #[arg(long = "host-label", value_name = "KEY=VALUE", value_parser = values::tag)]
+    pub(crate) host_labels: Vec<(String, String)>,
+
     #[command(flatten)]
     pub(crate) guest: Guest,
 

@@ -92,12 +92,13 @@ fn told<T>(agent: &Agent, answer: Result<tonic::Response<T>, tonic::Status>) -> 
 
 /// What is given over what was there.
 fn quotas(args: &TenantSet, quota: Quota, user_quota: Quota) -> (Quota, Quota) {
-    let of_users = Quota {
-        vms: args.user_vms.unwrap_or(user_quota.vms),
-        cpus: args.user_cpus.unwrap_or(user_quota.cpus),
-        ..user_quota
+    let of_users = QuotaArgs {
+        vms: args.user_vms,
+        cpus: args.user_cpus,
+        memory: args.user_memory,
+        disk: args.user_disk,
     };
-    (over(args.quota, quota), of_users)
+    (over(args.quota, quota), over(of_users, user_quota))
 }
 
 fn over(given: QuotaArgs, quota: Quota) -> Quota {

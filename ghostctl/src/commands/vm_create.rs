@@ -4,7 +4,10 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use ghost_proto::agent::v1::{Autostart, CreateVmRequest, GuestPolicy, RestartPolicy};
+use ghost_proto::core::metadata;
+use ghost_proto::core::v1::GetCoreStatusRequest;
 use ghost_proto::view::Operation;
+use tonic::metadata::{Ascii, MetadataValue};
 
 use super::{change, pairs, stages, wire};
 use crate::arguments::{Following, LaunchArgs, VmCreate, VmSpec, WaitStage};
@@ -76,6 +79,7 @@ async fn make(
     session: &Session,
 ) -> Result<Operation, Failure> {
     let mut change = spec.change.clone();
+    let labels = host_labels(&spec.host_labels, agent).await?;
     let request = request(name, image, start, spec)?;
     let dry_run = request.dry_run;
     if dry_run {
@@ -83,7 +87,7 @@ async fn make(
         change.detach = false;
         let operation = agent
             .vms()
-            .create(ask(request))
+            .create(placed(request, labels))
             .await
             .map_err(|status| agent.failure(&status))?;
         if let Some((host, why)) = agent.route().learn(operation.metadata()) {
@@ -110,14 +114,64 @@ async fn make(
         |agent, request_id| async move {
             agent
                 .vms()
-                .create(ask(CreateVmRequest {
-                    request_id,
-                    ..request
-                }))
+                .create(placed(
+                    CreateVmRequest {
+                        request_id,
+                        ..request
+                    },
+                    labels,
+                ))
                 .await
         },
     )
     .await
+}
+
+/// The labels of the host that Core is to find, as metadata says them.
+async fn host_labels(
+    labels: &[(String, String)],
+    agent: &Agent,
+) -> Result<Option<MetadataValue<Ascii>>, Failure> {
+    if labels.is_empty() {
+        return Ok(None);
+    }
+    if let Some(host) = agent.route().host() {
+        return Err(
+            Failure::usage("--host-label is for VMs that Core finds a host for")
+                .because(format!("the host {host} was named"))
+                .hint("leave out --host (and GHOST_HOST), or --host-label"),
+        );
+    }
+    // A host's own agent would make the VM and know nothing of labels.
+    agent
+        .fleet()
+        .get_status(ask(GetCoreStatusRequest {}))
+        .await
+        .map_err(|status| agent.fleet_failure(&status))?;
+    let one = |(key, value): &(String, String)| format!("{key}={value}");
+    let text = labels.iter().map(one).collect::<Vec<_>>().join(",");
+    // Core reads them between commas.
+    let labels = (!labels.iter().any(|label| one(label).contains(',')))
+        .then(|| text.parse().ok())
+        .flatten();
+    match labels {
+        Some(labels) => Ok(Some(labels)),
+        None => Err(Failure::usage(format!("{text:?} are not labels of hosts"))
+            .because("letters, digits and - _ . / are expected")
+            .hint("ghostctl host list")),
+    }
+}
+
+/// With the labels of the host that it is for.
+fn placed(
+    request: CreateVmRequest,
+    labels: Option<MetadataValue<Ascii>>,
+) -> tonic::Request<CreateVmRequest> {
+    let mut request = ask(request);
+    if let Some(labels) = labels {
+        request.metadata_mut().insert(metadata::LABELS, labels);
+    }
+    request
 }
 
 fn request(

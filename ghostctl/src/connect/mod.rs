@@ -28,7 +28,7 @@ pub(crate) use route::Route;
 pub(crate) use trace::Trace;
 
 use crate::arguments::Global;
-use crate::errors::{ErrorCode, Failure};
+use crate::errors::{ErrorCode, Failure, Way};
 use crate::identity::{Context, Contexts, LOCAL, renew};
 use crate::printer::Printer;
 
@@ -151,17 +151,20 @@ impl Session {
 
     /// How the next command begins that is about the same host.
     pub(crate) fn ghostctl(&self) -> String {
-        match self.route.get().and_then(Route::host) {
-            Some(host) => format!("ghostctl --host {host}"),
-            None => "ghostctl".to_owned(),
-        }
+        self.way().ghostctl()
     }
 
-    /// Tells of a failure; its hint is about the same host.
+    /// Tells of a failure; its hint goes the same way.
     pub(crate) fn failed(&self, failure: &Failure) {
-        match self.route.get().and_then(Route::host) {
-            Some(host) => self.printer.failure(&failure.clone().at_host(host)),
-            None => self.printer.failure(failure),
+        self.printer.failure(&failure.clone().at(self.way()));
+    }
+
+    /// What the environment and the current context say is there for the next command too.
+    fn way(&self) -> Way {
+        Way {
+            endpoint: self.global.endpoint.clone(),
+            context: self.global.context.clone(),
+            host: self.route.get().and_then(Route::host),
         }
     }
 

@@ -215,10 +215,13 @@ impl Running {
 fn ctrl_c_leaves_the_operation_running_and_says_how_to_come_back() {
     let person = Person::new();
     let mut text = String::new();
+    // Where the line says whom it asks, the next one has to say so too.
+    let elsewhere = format!("--endpoint {} vm start slow-1", person.agent.endpoint());
     for line in [
         "vm start slow-1",
         "vm start slow-1 -o json",
         "operation wait 00000000",
+        elsewhere.as_str(),
     ] {
         let mut running = Running::start(&person, line);
         running.shows("slow-1: working");

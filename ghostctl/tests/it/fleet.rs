@@ -16,6 +16,9 @@ fn the_fleet_for_people() {
         "command show 00000000",
         "tenant list",
         "user list",
+        "version",
+        "--host pc version",
+        "version -o json",
     ]));
 }
 
@@ -34,6 +37,7 @@ fn changes_of_the_fleet() {
         "command cancel 00000000",
         "tenant create widgets --vms 5",
         "tenant set acme --cpus 8",
+        "tenant set acme --user-memory 8GiB --user-disk 100GiB",
         "tenant set absent --cpus 8",
         "tenant delete widgets",
         "user set alice --role viewer",
@@ -47,6 +51,11 @@ fn changes_of_the_fleet() {
             && one.contains("cpus: 8")),
         "{sent:#?}"
     );
+    assert!(
+        sent.iter().any(|one| one.contains("UpdateTenantRequest")
+            && one.contains("memory_bytes: 8589934592, disk_bytes: 107374182400")),
+        "{sent:#?}"
+    );
 }
 
 #[test]
@@ -55,6 +64,10 @@ fn a_vm_without_a_host_is_placed_and_followed_where_it_went() {
     insta::assert_snapshot!(person.says_all(&[
         "launch debian-12 web --wait running",
         "launch debian-12 web --detach",
+        "launch debian-12 web --host-label site=home --host-label zone=eu --dry-run",
+        "launch debian-12 web --host-label site=home --wait running",
+        "launch debian-12 web --host-label site=a,b=c",
+        "--host pc launch debian-12 web --host-label site=home",
         "--host pc vm start web-1",
         "--host pc vm start web-1 --detach",
         "--host pc vm start web-1 db-1 --queue",
@@ -68,7 +81,17 @@ fn a_vm_without_a_host_is_placed_and_followed_where_it_went() {
 #[test]
 fn an_agent_knows_no_fleet() {
     let person = Person::new();
-    insta::assert_snapshot!(person.says_all(&["host list", "vm list --all-hosts"]));
+    insta::assert_snapshot!(person.says_all(&[
+        "host list",
+        "vm list --all-hosts",
+        "launch debian-12 web --host-label site=home",
+    ]));
+    // Nothing was made where nobody looks at labels.
+    let sent = person.agent.requests();
+    assert!(
+        !sent.iter().any(|one| one.contains("CreateVmRequest")),
+        "{sent:#?}"
+    );
 }
 
 #[test]

@@ -146,7 +146,7 @@ impl Commands {
                 ErrorCode::CommandNotFound,
                 format!("there is no command {id}"),
             )
-            .hint("see which there are: ghostctl host commands")
+            .hint("see which there are: ghostctl command list --all")
         };
         let host = self
             .fleet

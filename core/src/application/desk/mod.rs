@@ -652,7 +652,7 @@ impl Desk {
             format!("the host {name} is offline"),
         )
         .because(since)
-        .hint("it comes back by itself; a command can wait for it: ghostctl --queue")
+        .hint("it comes back by itself; a change of a VM's power can wait for it: --queue")
         .retry_after(Duration::from_secs(5))
     }
 }

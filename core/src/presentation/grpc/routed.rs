@@ -90,6 +90,10 @@ impl Routed {
                 check_role(caller, method.access, method.core)?;
                 return self.place(caller, method, request, request_id, note).await;
             }
+            if method.core == CoreReach::Never {
+                // To name a host would not help either.
+                check_role(caller, method.access, method.core)?;
+            }
             return Err(Error::new(
                 ErrorCode::HostRequired,
                 "this call goes to a host, and none was named",
@@ -439,19 +443,20 @@ fn age(at: Timestamp, now: Timestamp) -> String {
 
 /// Whether the caller's role is enough, and the call one that is made through Core at all.
 pub(super) fn check_role(caller: &Caller, access: Access, reach: CoreReach) -> Result<()> {
-    match access {
-        Access::Anyone => {}
-        Access::Guests => caller.require(Role::Operator)?,
-        Access::Role(role) => caller.require(role)?,
-    }
+    // First: a role that would not help is not to be asked for.
     if reach == CoreReach::Never {
         return Err(Error::new(
             ErrorCode::CorePermissionDenied,
             "only the host's owner does this, on the host itself",
         )
-        .because("credentials, lockdown, uploads and the audit log of a host are never Core's"));
+        .because("credentials, lockdown, uploads and the audit log of a host are never Core's")
+        .hint("the same on that host, without --host"));
     }
-    Ok(())
+    match access {
+        Access::Anyone => Ok(()),
+        Access::Guests => caller.require(Role::Operator),
+        Access::Role(role) => caller.require(role),
+    }
 }
 
 /// Whether the host may be used, and its owner lets Core do this. The agent checks the same again.

@@ -123,6 +123,7 @@ fn with_agent(name: &str) -> Vm {
 impl VmService for Fake {
     async fn create(&self, request: Request<CreateVmRequest>) -> Answer<Operation> {
         let placed = self.needs_host(&request).is_err();
+        let labels = request.metadata().get("ghost-labels").cloned();
         let request = self.note(request);
         refuse(&request.name)?;
         let name = if request.name.is_empty() {
@@ -134,7 +135,11 @@ impl VmService for Fake {
         if placed {
             let metadata = answer.metadata_mut();
             metadata.insert("ghost-host", "pc".parse().unwrap());
-            metadata.insert("ghost-placement", "most room: 4 of 6 CPUs".parse().unwrap());
+            let mut why = "most room: 4 of 6 CPUs".to_owned();
+            if let Some(labels) = labels {
+                why.push_str(&format!(", labelled {}", labels.to_str().unwrap()));
+            }
+            metadata.insert("ghost-placement", why.parse().unwrap());
         }
         Ok(answer)
     }
