@@ -187,6 +187,7 @@ fn described(agent: &AgentInfo) -> OpenApiRouter<Arc<Shell>> {
         .routes(routes!(events::watch))
         .routes(routes!(guest::exec, guest::exec_session))
         .routes(routes!(guest::shell))
+        .routes(routes!(guest::console))
         .routes(routes!(guest::read_file, guest::write_file))
         .routes(routes!(guest::guest_status))
         .routes(routes!(guest::ping))

@@ -136,6 +136,7 @@ pub const ROUTES: &[Route] = &[
     enters("GET", "/v1/vms/{vm}/exec", Shape::Stream),
     enters("POST", "/v1/vms/{vm}/exec", Shape::Stream),
     enters("GET", "/v1/vms/{vm}/shell", Shape::Stream),
+    enters("GET", "/v1/vms/{vm}/console", Shape::Stream),
     enters("GET", "/v1/vms/{vm}/files", Shape::Stream),
     enters("PUT", "/v1/vms/{vm}/files", Shape::Stream),
     unary("GET", "/v1/vms/{vm}/guest", Viewer),

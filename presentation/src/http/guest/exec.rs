@@ -152,8 +152,8 @@ pub(in crate::http) async fn shell(
 
 /// A session that is asked for, from a page of ours or from no page.
 pub(in crate::http) struct Wanted {
-    upgrade: WebSocketUpgrade,
-    key: PresentedKey,
+    pub(super) upgrade: WebSocketUpgrade,
+    pub(super) key: PresentedKey,
 }
 
 impl<S: Send + Sync> FromRequestParts<S> for Wanted {

@@ -6,6 +6,7 @@
 mod audit;
 mod bodies;
 pub(super) mod connect;
+mod console;
 mod exec;
 mod files;
 mod requests;
@@ -13,6 +14,7 @@ mod session;
 
 // With them come the hidden types by which `routes!` finds their descriptions.
 pub(super) use audit::*;
+pub(super) use console::*;
 pub(super) use exec::*;
 pub(super) use files::*;
 pub(super) use requests::*;

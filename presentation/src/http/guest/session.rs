@@ -43,6 +43,8 @@ pub(in crate::http) enum Framing {
     Raw,
     /// The number of the stream: 1 for stdout, 2 for stderr.
     Numbered,
+    /// Nothing, and nobody's exit ends it: a serial console.
+    Console,
     /// Nothing, and frames are text both ways: what is typed and what is shown, and nothing else is
     /// said. For clients that know terminals of that kind only.
     Text,
@@ -59,6 +61,8 @@ pub(in crate::http) enum Told {
     },
     /// The program has ended; the last frame.
     Exited(Exit),
+    /// The console has ended: the VM went down, or somebody else took it over; the last frame.
+    Ended,
     /// The session has ended otherwise; the last frame.
     Error {
         /// Why.
@@ -253,7 +257,11 @@ async fn speak(
                 Ok(ExecEvent::Stdout(data)) => framed(framing, 1, &data),
                 Ok(ExecEvent::Stderr(data)) => framed(framing, 2, &data),
                 Ok(ExecEvent::Exited(exit)) => {
-                    return match send(sink, text(&Told::Exited(Exit::from(&exit)))).await {
+                    let told = match framing {
+                        Framing::Console => Told::Ended,
+                        _ => Told::Exited(Exit::from(&exit)),
+                    };
+                    return match send(sink, text(&told)).await {
                         Ok(()) => Ended::Exited(String::new()),
                         Err(ended) => ended,
                     };

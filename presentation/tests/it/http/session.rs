@@ -147,6 +147,59 @@ async fn a_shell_is_typed_into_resized_and_signalled() {
 }
 
 #[tokio::test]
+async fn a_console_is_typed_into_and_ends_with_its_vm() {
+    let served = served().await;
+    let mut socket = served.open("/v1/vms/web/console").await;
+    // A client that takes it for a terminal says sizes.
+    let size = r#"{"type":"resize","rows":50,"columns":200}"#;
+    socket.send(Message::text(size)).await.unwrap();
+    socket.send(Message::binary(&b"ls\r"[..])).await.unwrap();
+    assert_eq!(next(&mut socket).await, Message::binary(&b"ls\r"[..]));
+    socket.send(Message::binary(&b"q"[..])).await.unwrap();
+    assert_eq!(told(&mut socket).await["type"], "ended");
+    assert_eq!(closed(&mut socket).await, CloseCode::Normal);
+    assert_eq!(
+        *served.shell.world.knobs.typed.lock().unwrap(),
+        b"ls\rq".to_vec()
+    );
+
+    // Who may not enter guests does not type on their consoles either, nor does a page of others.
+    let viewer = served.shell.world.key(Role::Viewer).await;
+    let refused = served
+        .connect("/v1/vms/web/console", &[("x-api-key", &viewer)])
+        .await;
+    assert_eq!(
+        status(refused.unwrap_err()),
+        (403, "permission_denied".into())
+    );
+    let key = served.shell.key.clone();
+    let evil = [
+        ("x-api-key", key.as_str()),
+        ("origin", "https://evil.example"),
+    ];
+    let refused = served.connect("/v1/vms/web/console", &evil).await;
+    assert_eq!(
+        status(refused.unwrap_err()),
+        (403, "permission_denied".into())
+    );
+    let absent = served
+        .connect("/v1/vms/absent/console", &[("x-api-key", &key)])
+        .await;
+    assert_eq!(status(absent.unwrap_err()), (404, "vm_not_found".into()));
+
+    // A lockdown cuts it.
+    let mut socket = served.open("/v1/vms/web/console").await;
+    let lockdown = ghost_application::guest::SetLockdownCommand {
+        active: true,
+        ..Default::default()
+    };
+    let set = &served.shell.world.use_cases().set_lockdown;
+    set.execute(&Principal::agent(), lockdown).await.unwrap();
+    assert_eq!(told(&mut socket).await["error"]["code"], "lockdown");
+    assert_eq!(closed(&mut socket).await, CloseCode::Policy);
+}
+
+#[tokio::test]
 async fn an_exec_session_tells_the_streams_apart_and_ends_with_the_exit() {
     let served = served().await;
     let mut socket = served.exec(r#"{"program":"both"}"#).await;
