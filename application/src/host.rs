@@ -32,7 +32,7 @@ pub struct HostStatusView {
     pub capacity: Capacity,
     /// How the link to libvirt stands.
     pub link: HypervisorLink,
-    /// How long ago libvirt last answered.
+    /// How long that has been so: since libvirt came up or, where it is away, since it last answered.
     pub link_age: Duration,
     /// What libvirt and QEMU are, where they could be asked.
     pub hypervisor: Option<HypervisorInfo>,
@@ -117,7 +117,11 @@ impl GetStatus {
                 reserved: model.reserved,
                 capacity: model.capacity(None),
                 link: model.link.clone(),
-                link_age: now.since(model.link.last_contact),
+                link_age: now.since(if model.link.connected {
+                    model.link.up_since
+                } else {
+                    model.link.last_contact
+                }),
                 hypervisor,
                 vms,
                 open_operations: u32::try_from(model.open_operations().count()).unwrap_or(u32::MAX),

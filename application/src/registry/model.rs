@@ -27,6 +27,8 @@ pub struct HypervisorLink {
     pub connected: bool,
     /// When it last answered.
     pub last_contact: Monotonic,
+    /// When it last came up.
+    pub up_since: Monotonic,
     /// Why it is down.
     pub reason: String,
 }
@@ -117,6 +119,7 @@ impl Model {
             link: HypervisorLink {
                 connected: false,
                 last_contact: now,
+                up_since: now,
                 reason: "not connected yet".into(),
             },
             recovering: contents.damage.is_some(),

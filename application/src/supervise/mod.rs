@@ -232,9 +232,13 @@ impl Supervisor {
                     sync::report_strays(self).await;
                 }
                 let back = self.registry.observe(|model| {
+                    let now = self.registry.clock().monotonic();
                     let back = !model.link.connected;
+                    if back {
+                        model.link.up_since = now;
+                    }
                     model.link.connected = true;
-                    model.link.last_contact = self.registry.clock().monotonic();
+                    model.link.last_contact = now;
                     model.link.reason.clear();
                     model.recovering = false;
                     back

@@ -40,13 +40,24 @@ async fn state_becomes(agent: &Agent, name: &'static str, state: VmState) {
 async fn libvirt_away_is_unknown_and_never_stopped() {
     let world = World::new();
     let agent = world.start().await;
+    let stood = async || {
+        let status = agent.use_cases.get_status.execute(&Agent::me()).await;
+        let status = status.unwrap();
+        (status.link.connected, status.link_age)
+    };
+    world.clock.forward(Duration::from_secs(300));
     agent.created("web", true).await;
+    // libvirt has just answered; up it has been for longer.
+    let (connected, age) = stood().await;
+    assert!(connected && age >= Duration::from_secs(300), "{age:?}");
     world.survivors.lock().reachable = false;
     drop(world.events.send(HypervisorEvent::Disconnected {
         reason: "connection reset".into(),
     }));
     state_becomes(&agent, "web", VmState::Unknown).await;
     world.clock.forward(Duration::from_secs(12));
+    let (connected, age) = stood().await;
+    assert!(!connected && age < Duration::from_secs(60), "{age:?}");
     let view = agent.vm("web").await.unwrap();
     assert!(
         view.shown.reason.starts_with("libvirt unreachable 1"),
@@ -91,6 +102,8 @@ async fn libvirt_away_is_unknown_and_never_stopped() {
     world.survivors.lock().reachable = true;
     drop(world.events.send(HypervisorEvent::Connected));
     state_becomes(&agent, "web", VmState::Running).await;
+    let (connected, age) = stood().await;
+    assert!(connected && age < Duration::from_secs(60), "{age:?}");
     world.audit();
 }
 
