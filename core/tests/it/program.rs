@@ -352,6 +352,20 @@ fn run(folder: &Path, application: &Arc<Application>) -> AbortOnDropHandle<()> {
     }))
 }
 
+/// All plain files below a folder.
+fn files_below(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap().flatten() {
+        let kind = entry.file_type().unwrap();
+        if kind.is_dir() {
+            found.extend(files_below(&entry.path()));
+        } else if kind.is_file() {
+            found.push(entry.path());
+        }
+    }
+    found
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_host_joins_with_one_token_and_comes_back_after_core_was_killed() {
     let mut core = Core::new();
@@ -364,7 +378,25 @@ async fn a_host_joins_with_one_token_and_comes_back_after_core_was_killed() {
         ("pc", "default")
     );
     assert_eq!(host.id, joined.identity.host.to_string());
-    assert!(!core.log().contains(&token), "the token is in the log");
+    // Its secret alone is enough to find it by, in the log and in all that Core keeps.
+    let secret = token.split('.').nth(3).unwrap();
+    assert_eq!(secret.len(), 64, "{token}");
+    assert!(!core.log().contains(secret), "the secret is in the log");
+    let bytes = hex::decode(secret).unwrap();
+    let kept = files_below(core.folder.path());
+    assert!(kept.len() > 3, "{kept:?}");
+    for file in kept {
+        let content = std::fs::read(&file).unwrap_or_default();
+        let has = |needle: &[u8]| {
+            let mut begins = content.iter().enumerate();
+            begins.any(|(at, byte)| *byte == needle[0] && content[at..].starts_with(needle))
+        };
+        assert!(
+            !has(secret.as_bytes()) && !has(&bytes),
+            "the secret is in {}",
+            file.display()
+        );
+    }
     let text = core.scrape();
     for line in [
         "ghost_core_hosts{state=\"online\"} 1",
