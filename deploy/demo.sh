@@ -175,9 +175,7 @@ curl -fsS "http://127.0.0.1:$METRICS_PORT/metrics" >"$DIR/metrics.txt"
 grep -m 12 '^ghost_' "$DIR/metrics.txt"
 
 step "What happened, in order"
-# `events` goes on for ever on its own; what is past is shown at once.
-printf '    $ ghostctl events\n'
-timeout --signal=INT 3 "$BIN/ghostctl" --endpoint "unix:$DIR/run/agent.sock" events || true
+show ghostctl events
 show ghostctl operation list
 
 step "Stopping it as its power button would, and deleting all"

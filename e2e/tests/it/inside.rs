@@ -88,6 +88,47 @@ fn end(mut child: Child, within: Duration) -> (i32, String) {
     (status.code().unwrap_or(-1), said)
 }
 
+/// Much of both at once: whoever drains one before the other would hang here.
+#[track_caller]
+pub(crate) fn much_of_both_streams(agent: &Agent, vm: &str) {
+    let much =
+        "head -c 4194304 /dev/zero | tr '\\0' o & head -c 4194304 /dev/zero | tr '\\0' e >&2; wait";
+    let output = exec(agent, vm, &["sh", "-c", much]);
+    assert_eq!(output.code, 0, "{:.400}", output.stderr);
+    let count = |text: &str, letter: char| text.chars().filter(|c| *c == letter).count();
+    assert_eq!(count(&output.stdout, 'o'), 4 << 20);
+    assert!(count(&output.stderr, 'e') >= 4 << 20);
+}
+
+/// Its time runs out, and its whole group goes.
+#[track_caller]
+pub(crate) fn a_timeout_ends_the_whole_group(agent: &Agent, vm: &str) {
+    let begun = std::time::Instant::now();
+    let output = agent.ctl().run(&[
+        "exec",
+        "--timeout",
+        "2s",
+        vm,
+        "--",
+        "sh",
+        "-c",
+        "sleep 1000 & sleep 1000",
+    ]);
+    assert_eq!(output.code, 124, "{}", output.stderr);
+    assert!(begun.elapsed() < CALL, "the sleep went on");
+    no_sleep_is_left(agent, vm);
+}
+
+#[track_caller]
+fn no_sleep_is_left(agent: &Agent, vm: &str) {
+    wait::until_ok("no sleep is left", CALL, || {
+        match exec(agent, vm, &["pidof", "sleep"]) {
+            Output { code: 1, .. } => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    });
+}
+
 #[test]
 fn programs_run_as_asked_and_leave_a_trace() {
     let _room = guest::room(1);
@@ -138,35 +179,8 @@ fn programs_run_as_asked_and_leave_a_trace() {
     ]);
     assert_eq!(output, "guest /etc\n");
 
-    // Much of both at once: whoever drains one before the other would hang here.
-    let much =
-        "head -c 4194304 /dev/zero | tr '\\0' o & head -c 4194304 /dev/zero | tr '\\0' e >&2; wait";
-    let output = exec(&agent, &vm, &["sh", "-c", much]);
-    assert_eq!(output.code, 0, "{:.400}", output.stderr);
-    let count = |text: &str, letter: char| text.chars().filter(|c| *c == letter).count();
-    assert_eq!(count(&output.stdout, 'o'), 4 << 20);
-    assert!(count(&output.stderr, 'e') >= 4 << 20);
-
-    // Its time runs out, and its whole group goes.
-    let begun = std::time::Instant::now();
-    let output = ctl.run(&[
-        "exec",
-        "--timeout",
-        "2s",
-        &vm,
-        "--",
-        "sh",
-        "-c",
-        "sleep 1000 & sleep 1000",
-    ]);
-    assert_ne!(output.code, 0);
-    assert!(begun.elapsed() < CALL, "the sleep went on");
-    wait::until_ok("no sleep is left", CALL, || {
-        match exec(&agent, &vm, &["pidof", "sleep"]) {
-            Output { code: 1, .. } => Ok(()),
-            other => Err(format!("{other:?}")),
-        }
-    });
+    much_of_both_streams(&agent, &vm);
+    a_timeout_ends_the_whole_group(&agent, &vm);
 
     // A program that is not there, a VM that is not there.
     assert_ne!(exec(&agent, &vm, &["no-such-program"]).code, 0);
@@ -275,19 +289,20 @@ fn an_agent_is_replaced_over_the_channel_when_asked() {
     agent.audit();
 }
 
-#[test]
-fn a_shell_in_a_guest_is_a_terminal() {
-    let _room = guest::room(1);
-    let agent = Builder::new().start();
-    agent.import_tiny();
-    let vm = agent.name("shell");
-    launch(&agent, &vm);
-    wait_agent(&agent, &vm);
-    let mut terminal = Terminal::run(&agent.ctl().command(&["shell", &vm]));
+/// Types into a shell, resizes its window, interrupts it, and leaves it.
+#[track_caller]
+pub(crate) fn a_shell_is_a_terminal(agent: &Agent, vm: &str) {
+    let mut terminal = Terminal::run(&agent.ctl().command(&["shell", vm]));
     terminal.send("echo six times seven is $((6 * 7))\r");
     terminal.expect("six times seven is 42", CALL);
     terminal.send("tty\r");
     terminal.expect("/dev/pts/", CALL);
+    // A window that changes its size does so in the guest too.
+    terminal.resize(41, 117);
+    terminal.send(
+        "until [ \"$(stty size)\" = '41 117' ]; do sleep 0.2; done; echo resized $((6 * 7))\r",
+    );
+    terminal.expect("resized 42", CALL);
     // Ctrl-C is the guest's.
     terminal.send("echo armed $((2 + 1)); sleep 1000\r");
     terminal.expect("armed 3", CALL);
@@ -296,6 +311,17 @@ fn a_shell_in_a_guest_is_a_terminal() {
     terminal.expect("still here 2", CALL);
     terminal.send("exit 3\r");
     assert_eq!(terminal.end(CALL), 3);
+}
+
+#[test]
+fn a_shell_in_a_guest_is_a_terminal() {
+    let _room = guest::room(1);
+    let agent = Builder::new().start();
+    agent.import_tiny();
+    let vm = agent.name("shell");
+    launch(&agent, &vm);
+    wait_agent(&agent, &vm);
+    a_shell_is_a_terminal(&agent, &vm);
     agent.ctl().ok(&["vm", "delete", &vm, "--force"]);
     agent.audit();
 }
@@ -315,9 +341,77 @@ fn same(one: &Path, other: &Path) -> bool {
     fs::read(one).unwrap() == fs::read(other).unwrap()
 }
 
+/// 256 MiB into `folder` of the guest and back, broken off twice on the way: by the end of ghostctl,
+/// and by the end of the agent in the guest.
+#[track_caller]
+pub(crate) fn a_large_file_goes_both_ways(agent: &Agent, vm: &str, folder: &str) {
+    const SIZE: usize = 256 << 20;
+    let ctl = agent.ctl();
+    let (big, back) = (agent.folder().join("big"), agent.folder().join("back"));
+    random_file(&big, SIZE);
+    let (local, there) = (big.to_str().unwrap(), format!("{vm}:{folder}/big"));
+    let begin = || {
+        ctl.command(&["cp", local, &there])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap()
+    };
+    let kept = format!("stat -c %s {folder}/.ghost-*");
+    let reaches = |bytes: usize| {
+        wait::until_ok("part of the file has come", CALL, || {
+            // Cheap for the guest: the copy takes seconds, and must not be over before it is looked at.
+            let kept = exec(agent, vm, &["sh", "-c", &kept]).stdout;
+            match kept.trim().parse::<usize>() {
+                Ok(there) if there > bytes => Ok(there),
+                _ => Err(kept),
+            }
+        })
+    };
+
+    // The copy is cut off in the middle, and the next one goes on from there.
+    let mut cut = begin();
+    let came = reaches(1 << 20);
+    drop(cut.kill());
+    drop(cut.wait());
+    let target = format!("{folder}/big");
+    assert_ne!(exec(agent, vm, &["test", "-e", &target]).code, 0);
+    // The agent in the guest is killed in the midst of that one; its service starts it again.
+    let second = begin();
+    reaches(came + (1 << 20));
+    exec(agent, vm, &["sh", "-c", "kill -9 $(pidof ghost-guest)"]);
+    let (code, said) = end(second, CALL * 5);
+    assert!(
+        code == 0 || code == 5,
+        "it goes on by itself, or says that the guest is away: {code}: {said}"
+    );
+    wait_agent(agent, vm);
+    ctl.ok(&["cp", local, &there]);
+    let sum = |text: &str| text.split_whitespace().next().map(str::to_owned);
+    let host = std::process::Command::new("sha256sum")
+        .arg(&big)
+        .output()
+        .unwrap();
+    assert_eq!(
+        sum(&inside(agent, vm, &["sha256sum", &target])),
+        sum(&String::from_utf8(host.stdout).unwrap())
+    );
+    ctl.ok(&["cp", &there, back.to_str().unwrap()]);
+    assert!(same(&big, &back), "what came back is not what went");
+    let left = format!("ls -A {folder} | grep -c ghost- || true");
+    assert_eq!(
+        inside(agent, vm, &["sh", "-c", &left]).trim(),
+        "0",
+        "temporary files are gone"
+    );
+    inside(agent, vm, &["rm", &target]);
+    fs::remove_file(&big).unwrap();
+    fs::remove_file(&back).unwrap();
+}
+
 #[test]
 fn files_go_both_ways_whole() {
-    const SIZE: usize = 256 << 20;
     let _room = guest::room(2);
     let agent = Builder::new().start();
     let ctl = agent.ctl();
@@ -327,48 +421,7 @@ fn files_go_both_ways_whole() {
         "launch", "tiny", &vm, "--cpus", "1", "--memory", "1GiB", "--disk", "128MiB",
     ]);
     wait_agent(&agent, &vm);
-    let (big, back) = (agent.folder().join("big"), agent.folder().join("back"));
-    random_file(&big, SIZE);
-    let (local, there) = (big.to_str().unwrap(), format!("{vm}:/tmp/big"));
-
-    // The copy is cut off in the middle, and the next one goes on from there.
-    let mut cut = ctl
-        .command(&["cp", local, &there])
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    wait::until_ok("part of the file has come", CALL, || {
-        // Cheap for the guest: the copy takes seconds, and must not be over before it is looked at.
-        let kept = exec(&agent, &vm, &["sh", "-c", "stat -c %s /tmp/.ghost-*"]).stdout;
-        match kept.trim().parse::<usize>() {
-            Ok(bytes) if bytes > 1 << 20 => Ok(()),
-            _ => Err(kept),
-        }
-    });
-    drop(cut.kill());
-    drop(cut.wait());
-    assert_ne!(exec(&agent, &vm, &["test", "-e", "/tmp/big"]).code, 0);
-    ctl.ok(&["cp", local, &there]);
-    assert_eq!(
-        inside(&agent, &vm, &["wc", "-c", "/tmp/big"])
-            .split_whitespace()
-            .next(),
-        Some(SIZE.to_string().as_str())
-    );
-    ctl.ok(&["cp", &there, back.to_str().unwrap()]);
-    assert!(same(&big, &back), "what came back is not what went");
-    assert_eq!(
-        inside(
-            &agent,
-            &vm,
-            &["sh", "-c", "ls -A /tmp | grep -c ghost || true"]
-        )
-        .trim(),
-        "0",
-        "temporary files are gone"
-    );
+    a_large_file_goes_both_ways(&agent, &vm, "/tmp");
 
     // A tree, with modes and owners.
     let tree = agent.folder().join("tree");
@@ -407,9 +460,19 @@ fn whatever_dies_on_the_way_calls_end_and_the_way_comes_back() {
     let vm = agent.name("breaks");
     launch(&agent, &vm);
     wait_agent(&agent, &vm);
+    whatever_dies(&mut agent, &vm, BOOT);
+    agent.ctl().ok(&["audit", "verify"]);
+    agent.ctl().ok(&["vm", "delete", &vm, "--force"]);
+    agent.audit();
+}
+
+/// Each part of the way dies or stands still with a call open; `boot` is how long a restart of the
+/// guest may take.
+#[track_caller]
+pub(crate) fn whatever_dies(agent: &mut Agent, vm: &str, boot: Duration) {
     let answers = |agent: &Agent| {
-        wait::until_ok("the guest answers again", BOOT, || {
-            match exec(agent, &vm, &["true"]) {
+        wait::until_ok("the guest answers again", boot, || {
+            match exec(agent, vm, &["true"]) {
                 Output { code: 0, .. } => Ok(()),
                 other => Err(format!("{other:?}")),
             }
@@ -417,49 +480,39 @@ fn whatever_dies_on_the_way_calls_end_and_the_way_comes_back() {
     };
 
     // The agent in the guest is killed; its service starts it again.
-    let open = long_call(&agent, &vm);
-    exec(&agent, &vm, &["killall", "-9", "ghost-guest"]);
+    let open = long_call(agent, vm);
+    exec(agent, vm, &["sh", "-c", "kill -9 $(pidof ghost-guest)"]);
     let (code, said) = end(open, CALL);
     assert_eq!(code, 5, "{said}");
-    answers(&agent);
+    answers(agent);
 
     // The guest restarts in the middle.
-    let open = long_call(&agent, &vm);
-    exec(&agent, &vm, &["reboot"]);
+    let open = long_call(agent, vm);
+    exec(agent, vm, &["reboot"]);
     let (code, said) = end(open, CALL);
     assert_eq!(code, 5, "{said}");
-    answers(&agent);
+    answers(agent);
 
     // A paused guest answers nobody, and goes on afterwards.
-    let open = long_call(&agent, &vm);
-    agent.ctl().ok(&["vm", "pause", &vm]);
-    let paused = exec(&agent, &vm, &["true"]);
+    let open = long_call(agent, vm);
+    agent.ctl().ok(&["vm", "pause", vm]);
+    let paused = exec(agent, vm, &["true"]);
     assert_ne!(paused.code, 0, "{paused:?}");
-    agent.ctl().ok(&["vm", "resume", &vm]);
-    answers(&agent);
+    agent.ctl().ok(&["vm", "resume", vm]);
+    answers(agent);
     let mut open = open;
     drop(open.kill());
     drop(open.wait());
 
     // The agent of the host dies with a session open.
-    let open = long_call(&agent, &vm);
+    let open = long_call(agent, vm);
     agent.kill();
     let (code, said) = end(open, CALL);
     assert_eq!(code, 5, "{said}");
     agent.start();
-    answers(&agent);
+    answers(agent);
     // What the dead session had started does not go on for ever.
-    wait::until_ok(
-        "the sleep of the dead session is gone",
-        CALL,
-        || match exec(&agent, &vm, &["pidof", "sleep"]) {
-            Output { code: 1, .. } => Ok(()),
-            other => Err(format!("{other:?}")),
-        },
-    );
-    agent.ctl().ok(&["audit", "verify"]);
-    agent.ctl().ok(&["vm", "delete", &vm, "--force"]);
-    agent.audit();
+    no_sleep_is_left(agent, vm);
 }
 
 #[test]

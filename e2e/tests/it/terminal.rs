@@ -68,6 +68,23 @@ impl Terminal {
         input.flush().unwrap();
     }
 
+    /// Gives the terminal another size, which whoever runs on it is told of by a signal.
+    pub(crate) fn resize(&self, rows: u16, columns: u16) {
+        let script = self.child.id();
+        let children = format!("/proc/{script}/task/{script}/children");
+        let on_it = std::fs::read_to_string(children).unwrap();
+        let first = on_it.split_whitespace().next().unwrap();
+        let device = std::fs::read_link(format!("/proc/{first}/fd/0")).unwrap();
+        assert!(device.starts_with("/dev/pts"), "{}", device.display());
+        let done = Command::new("stty")
+            .arg("-F")
+            .arg(&device)
+            .args(["rows", &rows.to_string(), "cols", &columns.to_string()])
+            .status()
+            .unwrap();
+        assert!(done.success());
+    }
+
     /// Waits until `text` has been shown.
     #[track_caller]
     pub(crate) fn expect(&self, text: &str, within: Duration) {
