@@ -90,10 +90,6 @@ impl Routed {
                 check_role(caller, method.access, method.core)?;
                 return self.place(caller, method, request, request_id, note).await;
             }
-            if method.core == CoreReach::Never {
-                // To name a host would not help either.
-                check_role(caller, method.access, method.core)?;
-            }
             return Err(Error::new(
                 ErrorCode::HostRequired,
                 "this call goes to a host, and none was named",
