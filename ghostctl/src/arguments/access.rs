@@ -130,7 +130,8 @@ pub(crate) struct KeyCreate {
     #[arg(long)]
     pub(crate) no_guest_access: bool,
 
-    /// How long it lives, such as 30d [default: without end]
+    /// How long it lives, such as 30d [default: without end; at Ghost Core 90d, and a
+    /// year at most]
     #[arg(long, value_name = "TIME", value_parser = values::duration)]
     pub(crate) lifetime: Option<Duration>,
 }

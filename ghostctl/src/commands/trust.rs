@@ -3,11 +3,12 @@
 use ghost_proto::agent::v1::{
     CreateTokenRequest, ListCertificatesRequest, RevokeCertificateRequest,
 };
+use ghost_proto::core::v1::GetCoreStatusRequest;
 use ghost_proto::view::{Certificate, JoinToken};
 
 use super::{describe, each};
 use crate::arguments::{Role, TrustCommand};
-use crate::connect::{Session, ask};
+use crate::connect::{Agent, Endpoint, Session, ask};
 use crate::errors::{Exit, Failure};
 use crate::text::{printable, time_until};
 
@@ -41,12 +42,23 @@ async fn token(role: Role, no_guest_access: bool, session: &Session) -> Result<E
         |token, _| format!("{}\n", printable(&token.token)),
     )?;
     session.printer.note(&format!(
-        "good for one {}{} and ends {}; on the other machine:\n  ghostctl context add NAME --endpoint https://THIS-HOST:9090 --token TOKEN",
+        "good for one {}{} and ends {}; on the other machine:\n  ghostctl context add NAME --endpoint {} --token TOKEN",
         printable(&token.role),
         describe::without_guests(token.guest_access),
-        time_until(token.expires_at.as_deref())
+        time_until(token.expires_at.as_deref()),
+        endpoint_elsewhere(&agent).await
     ));
     Ok(Exit::Done)
+}
+
+/// How another machine reaches who made the token: as this one did, or at the usual port of it.
+async fn endpoint_elsewhere(agent: &Agent) -> String {
+    if let endpoint @ Endpoint::Tls { .. } = agent.endpoint() {
+        return endpoint.to_string();
+    }
+    let core = agent.fleet().get_status(ask(GetCoreStatusRequest {})).await;
+    let port = if core.is_ok() { 7443 } else { 9090 };
+    format!("https://THIS-HOST:{port}")
 }
 
 async fn list(session: &Session) -> Result<Exit, Failure> {

@@ -233,6 +233,11 @@ impl Agent {
         InterceptedService::new(self.channel.clone(), calls)
     }
 
+    /// Where it is.
+    pub(crate) fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
+    }
+
     /// Which host of a fleet calls are for.
     pub(crate) fn route(&self) -> &Route {
         &self.route

@@ -40,6 +40,7 @@ fn changes_of_the_fleet() {
         "tenant set acme --user-memory 8GiB --user-disk 100GiB",
         "tenant set absent --cpus 8",
         "tenant delete widgets",
+        "trust token --role viewer",
         "user set alice --role viewer",
         "user revoke alice",
     ]));
