@@ -460,18 +460,17 @@ fn whatever_dies_on_the_way_calls_end_and_the_way_comes_back() {
     let vm = agent.name("breaks");
     launch(&agent, &vm);
     wait_agent(&agent, &vm);
-    whatever_dies(&mut agent, &vm, BOOT);
+    whatever_dies(&mut agent, &vm);
     agent.ctl().ok(&["audit", "verify"]);
     agent.ctl().ok(&["vm", "delete", &vm, "--force"]);
     agent.audit();
 }
 
-/// Each part of the way dies or stands still with a call open; `boot` is how long a restart of the
-/// guest may take.
+/// Each part of the way dies or stands still with a call open.
 #[track_caller]
-pub(crate) fn whatever_dies(agent: &mut Agent, vm: &str, boot: Duration) {
+fn whatever_dies(agent: &mut Agent, vm: &str) {
     let answers = |agent: &Agent| {
-        wait::until_ok("the guest answers again", boot, || {
+        wait::until_ok("the guest answers again", BOOT, || {
             match exec(agent, vm, &["true"]) {
                 Output { code: 0, .. } => Ok(()),
                 other => Err(format!("{other:?}")),
