@@ -16,7 +16,7 @@ const DEBIAN_BOOT: Duration = Duration::from_secs(420);
 #[test]
 fn debian_is_what_cloud_init_was_told() {
     let _room = guest::room(2);
-    let agent = Builder::new().start();
+    let mut agent = Builder::new().start();
     let ctl = agent.ctl();
     let image = debian_image().to_str().unwrap();
     ctl.ok(&["image", "import", image, "--name", "debian-12"]);
@@ -168,6 +168,17 @@ fn debian_is_what_cloud_init_was_told() {
     inside::a_timeout_ends_the_whole_group(&agent, &vm);
     inside::a_shell_is_a_terminal(&agent, &vm);
     inside::a_large_file_goes_both_ways(&agent, &vm, "/var/tmp");
+    inside::whatever_dies(&mut agent, &vm, DEBIAN_BOOT);
+    let ctl = agent.ctl();
+    // It was restarted, and its agent answers early in a boot: who hears the power button comes late.
+    ctl.run(&[
+        "exec",
+        &vm,
+        "--",
+        "systemctl",
+        "is-system-running",
+        "--wait",
+    ]);
     ctl.ok(&["vm", "stop", &vm, "--timeout", "120s"]);
     let stopped = show(&agent, &vm);
     assert_eq!(text(&stopped["state"]), "stopped");
