@@ -422,7 +422,10 @@ fn unheard(host: &HostRecord, replica: &str, cause: &Error) -> Error {
         format!("the host {} cannot be reached from here", host.name),
     )
     .because(format!("its link is at the replica {replica}: {cause}"))
-    .hint("ask that replica itself, at its own address, or again in a moment; ghostctl status tells which run")
+    // Of a call that was under way its own hint is worth more.
+    .hint(cause.hint_text().unwrap_or(
+        "ask that replica itself, at its own address, or again in a moment; ghostctl status tells which run",
+    ))
     .retry_after(cause.retry_delay().unwrap_or(Duration::from_secs(5)))
 }
 

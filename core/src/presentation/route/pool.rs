@@ -103,7 +103,12 @@ impl Lease {
 
     /// Whether a call failed because its connection is gone.
     pub(super) fn is_lost(&self, error: &hyper::Error) -> bool {
-        if self.0.sender.is_closed() || error.is_closed() || error.is_canceled() {
+        // A keep-alive that nobody answered is a timeout.
+        if self.0.sender.is_closed()
+            || error.is_closed()
+            || error.is_canceled()
+            || error.is_timeout()
+        {
             return true;
         }
         let mut source = std::error::Error::source(error);
