@@ -78,7 +78,6 @@ fn run(target: &str, made: Vec<(String, Vec<u8>)>, rounds: usize, fuzzed: impl F
     seeds.sort();
     for path in seeds {
         let seed = fs::read(&path).unwrap();
-        eprintln!("{}", path.display());
         fuzzed(&seed);
         for _ in 0..rounds {
             fuzzed(&mutate(&seed, &mut chance));
