@@ -123,6 +123,7 @@ impl Task {
             shared: Arc::clone(&shared),
             rules,
             ungranted: 0,
+            later: None,
         };
         std::thread::Builder::new()
             .name("call".into())
@@ -188,9 +189,16 @@ pub(crate) struct Port {
     shared: Arc<Shared>,
     rules: Rules,
     ungranted: u64,
+    /// Closed once the answer is on its way.
+    later: Option<OwnedFd>,
 }
 
 impl Port {
+    /// Closes it after this call's answer.
+    pub(crate) fn close_later(&mut self, descriptor: Option<OwnedFd>) {
+        self.later = descriptor;
+    }
+
     pub(crate) fn send(&self, payload: Payload) {
         self.mailbox.put(Mail::Message(self.serial, payload));
     }

@@ -14,6 +14,11 @@ pub mod agent {
     pub mod v1 {
         include!("generated/ghost.agent.v1.rs");
     }
+
+    /// What `ghostctl` and the agent take as one HTTP/2 frame (RFC 9113, section 4.2), in bytes. With the
+    /// default of 16 KiB a file of 16 MiB is a thousand frames on either side, each with system calls of
+    /// its own.
+    pub const MOST_FRAME: u32 = 256 * 1024;
 }
 
 /// Ghost Core: the fleet's API and the link to its hosts, version 1.

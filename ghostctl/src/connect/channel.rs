@@ -49,6 +49,7 @@ pub(super) async fn open(
     let builder = TonicEndpoint::from_static("http://ghost-agent")
         .connect_timeout(CONNECT_DEADLINE)
         .tcp_nodelay(true)
+        .max_frame_size(ghost_proto::agent::MOST_FRAME)
         // So that a wait notices a host that vanished without a word.
         .http2_keep_alive_interval(Duration::from_secs(15))
         .keep_alive_timeout(Duration::from_secs(15));

@@ -63,16 +63,22 @@ pub(crate) fn write(
     let outcome = part
         .fill(port, checksum.map(|_| attributes.size_bytes))
         .and_then(|()| part.check(&attributes, checksum))
-        .and_then(|sum| part.finish(&target, &request, &attributes).map(|()| sum));
+        .and_then(|sum| {
+            part.finish(&target, &request, &attributes)
+                .map(|replaced| (sum, replaced))
+        });
     match outcome {
-        Ok(sum) => Ok(Payload::FileWriteResponse(FileWriteResponse {
-            event: Some(file_write_response::Event::Written(
-                file_write_response::Written {
-                    size_bytes: part.size,
-                    checksum: sum.to_vec(),
-                },
-            )),
-        })),
+        Ok((sum, replaced)) => {
+            port.close_later(replaced);
+            Ok(Payload::FileWriteResponse(FileWriteResponse {
+                event: Some(file_write_response::Event::Written(
+                    file_write_response::Written {
+                        size_bytes: part.size,
+                        checksum: sum.to_vec(),
+                    },
+                )),
+            }))
+        }
         Err(failure) => {
             // What a break has left is gone on with; what is wrong or cannot be found again is not.
             if checksum.is_none() || failure.code == "checksum_mismatch" {
@@ -274,12 +280,14 @@ impl Part {
         Ok(sum)
     }
 
+    /// Gives it its name. What had the name before comes back, still held: with its last descriptor the
+    /// kernel frees its blocks, which need not happen before the answer.
     fn finish(
         &self,
         target: &Target,
         request: &FileWriteRequest,
         attributes: &FileAttributes,
-    ) -> Result<(), Failure> {
+    ) -> Result<Option<OwnedFd>, Failure> {
         let said = |error: Errno| target.said(error);
         if request.keep_owner {
             rustix::fs::fchown(
@@ -306,6 +314,13 @@ impl Part {
         } else {
             rustix::fs::RenameFlags::empty()
         };
+        let replaced = rustix::fs::openat(
+            &target.directory,
+            &*target.name,
+            OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .ok();
         rustix::fs::renameat_with(
             &target.directory,
             self.name.as_str(),
@@ -315,7 +330,8 @@ impl Part {
         )
         .map_err(said)?;
         // Without it the name may be lost in a power cut, after "written" was said.
-        rustix::fs::fsync(&target.directory).map_err(said)
+        rustix::fs::fsync(&target.directory).map_err(said)?;
+        Ok(replaced)
     }
 
     fn remove(&self, target: &Target) {

@@ -162,6 +162,7 @@ pub async fn serve(
             .http2_max_header_list_size(MOST_HEADERS)
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(STREAM_WINDOW * CONNECTION_WINDOWS)
+            .max_frame_size(ghost_proto::agent::MOST_FRAME)
             // A peer that is gone without a word is noticed within half a minute.
             .http2_keepalive_interval(Some(Duration::from_secs(20)))
             .http2_keepalive_timeout(Some(Duration::from_secs(10)))

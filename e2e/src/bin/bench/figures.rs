@@ -147,7 +147,9 @@ fn whole_process(agent: &Agent, arguments: &[&str], times: usize) -> Result<Dura
 
 /// A connection to the agent's socket.
 pub(crate) async fn channel(agent: &Agent) -> Result<Channel, Failure> {
-    let endpoint = Endpoint::from_shared(format!("unix:{}", agent.socket().display()))?;
+    // As ghostctl connects.
+    let endpoint = Endpoint::from_shared(format!("unix:{}", agent.socket().display()))?
+        .max_frame_size(ghost_proto::agent::MOST_FRAME);
     Ok(endpoint.connect().await?)
 }
 
