@@ -60,7 +60,7 @@ async fn hosts(world: &World, count: usize) {
             .iter()
             .map(|number| HostRecord {
                 id: HostId::random(),
-                name: HostName::new(&format!("host-{number}")).unwrap(),
+                name: HostName::new(format!("host-{number}")).unwrap(),
                 ..like.clone()
             })
             .collect();
