@@ -2,16 +2,19 @@
 //! say how long it has taken, what is being done, and what is waited for.
 
 use std::cell::RefCell;
+use std::fmt;
 use std::io::Write as _;
 use std::time::{Duration, Instant};
 
 use ghost_proto::view::{Operation, Progress as Bytes};
-use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
 use crate::text::{human_duration, human_size, printable};
 
 /// Plain lines about bytes come at each of these parts of the whole, not at each message.
 const PLAIN_STEPS: f64 = 10.0;
+/// What would take longer at the rate of now is not guessed: something stands still for a moment.
+const LONGEST_GUESS: Duration = Duration::from_secs(100 * 3600);
 
 /// Where progress is shown.
 pub(crate) struct Progress {
@@ -75,11 +78,27 @@ impl Progress {
 }
 
 const SPINNER: &str = "{spinner} {prefix}: {wide_msg} {elapsed}";
-const BAR: &str = "{spinner} {prefix}: {msg} {bar:24} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta} left";
+const BAR: &str = "{spinner} {prefix}: {msg} {bar:24} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec}{left}";
 
 fn style(template: &str) -> ProgressStyle {
     // The templates are constants; where one were wrong the default is shown.
-    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
+    ProgressStyle::with_template(template)
+        .unwrap_or_else(|_| ProgressStyle::default_bar())
+        .with_key(
+            "left",
+            |state: &ProgressState, text: &mut dyn fmt::Write| {
+                // A line of a bar that cannot be formatted is a line shorter.
+                let _ = text.write_str(&left(state.eta()));
+            },
+        )
+}
+
+/// ` 3s left`, or nothing.
+fn left(guess: Duration) -> String {
+    if guess > LONGEST_GUESS {
+        return String::new();
+    }
+    format!(" {} left", human_duration(guess))
 }
 
 enum Shown {
@@ -170,11 +189,12 @@ fn amounts(bytes: &Bytes) -> String {
     if let Some(rate) = bytes.bytes_per_second {
         text = format!("{text}, {}/s", human_size(rate));
     }
-    if let Some(left) = bytes
+    if let Some(guess) = bytes
         .remaining_seconds
-        .and_then(|left| Duration::try_from_secs_f64(left).ok())
+        .and_then(|guess| Duration::try_from_secs_f64(guess).ok())
+        .filter(|guess| *guess <= LONGEST_GUESS)
     {
-        text = format!("{text}, {} left", human_duration(left));
+        text = format!("{text},{}", left(guess));
     }
     text
 }
@@ -197,7 +217,9 @@ mod tests {
         bytes.bytes_per_second = Some(1 << 20);
         bytes.remaining_seconds = Some(3.0);
         assert_eq!(amounts(&bytes), " 1 MiB of 4 MiB, 1 MiB/s, 3s left");
-        bytes.remaining_seconds = Some(f64::NAN);
-        assert_eq!(amounts(&bytes), " 1 MiB of 4 MiB, 1 MiB/s");
+        for nonsense in [f64::NAN, 3106.0 * 86_400.0] {
+            bytes.remaining_seconds = Some(nonsense);
+            assert_eq!(amounts(&bytes), " 1 MiB of 4 MiB, 1 MiB/s");
+        }
     }
 }
