@@ -127,15 +127,28 @@ fn fill(file: &mut File, request: &UpdateRequest, port: &mut Port) -> Result<(),
     Ok(())
 }
 
+/// How long another program may keep the new one from being executed.
+const BUSY: Duration = Duration::from_secs(5);
+
 /// Whether it runs here at all, before anything is risked.
 fn try_out(new: &Path, version: &str) -> Result<(), Failure> {
     let _waiting = crate::exec::waiting_for_children();
-    let output = Command::new(new)
-        .arg("version")
-        .env_clear()
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|error| Failure::io("the new program does not start", &error))?;
+    let mut program = Command::new(new);
+    program.arg("version").env_clear().stdin(Stdio::null());
+    let until = Instant::now() + BUSY;
+    let output = loop {
+        match program.output() {
+            // A program that was started while this file was written has its descriptor until it
+            // executes, and so long nobody executes the file (ETXTBSY).
+            Err(error)
+                if error.kind() == io::ErrorKind::ExecutableFileBusy && Instant::now() < until =>
+            {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            other => break other,
+        }
+    }
+    .map_err(|error| Failure::io("the new program does not start", &error))?;
     let text = String::from_utf8_lossy(&output.stdout);
     if !output.status.success() || !text.starts_with("ghost-guest ") {
         return Err(Failure::invalid("the new program is no ghost-guest"));
@@ -252,6 +265,29 @@ fn is_alive(pid: Pid) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_new_program_that_is_held_open_for_a_moment_is_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let new = directory.path().join("ghost-guest.new");
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o755)
+            .open(&new)
+            .unwrap();
+        file.write_all(b"#!/bin/sh\necho ghost-guest 1.2.3\n")
+            .unwrap();
+        let busy = Command::new(&new).output().unwrap_err();
+        assert_eq!(busy.kind(), io::ErrorKind::ExecutableFileBusy);
+        let holds = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            drop(file);
+        });
+        try_out(&new, "1.2.3").unwrap();
+        holds.join().unwrap();
+        assert!(try_out(&new, "1.2.4").is_err());
+    }
 
     #[test]
     fn a_trial_that_is_not_passed_ends_with_the_old_program() {

@@ -1,6 +1,7 @@
 //! The program itself: its size, what it needs, and how it is exchanged while it runs.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -29,15 +30,24 @@ impl Agent {
         fs::copy(program, &copy).unwrap();
         let socket = directory.path().join("socket");
         let listener = UnixListener::bind(&socket).unwrap();
-        let child = Command::new(&copy)
+        let mut command = Command::new(&copy);
+        command
             .args(["run", "--config", "/no/such", "--socket"])
             .arg(&socket)
             .args(more)
             .current_dir(directory.path())
             .stdin(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
+            .stderr(Stdio::null());
+        let mut child = None;
+        until("no program of another test holds the copy open", || {
+            child = match command.spawn() {
+                // Started while the copy was written, and not executed yet.
+                Err(error) if error.kind() == ErrorKind::ExecutableFileBusy => None,
+                other => Some(other.unwrap()),
+            };
+            child.is_some()
+        });
+        let child = child.unwrap();
         Self {
             child,
             directory,
