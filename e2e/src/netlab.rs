@@ -212,25 +212,12 @@ impl NetLab {
     ///
     /// # Panics
     /// Where the namespace cannot be entered.
-    #[expect(clippy::expect_used, reason = "the test cannot go on")]
     pub fn enter<T: Send + 'static>(
         &self,
         name: &str,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> T {
-        let path = format!("/run/netns/{}", self.namespace(name));
-        let entered = std::thread::spawn(move || {
-            let file = File::open(path).expect("the namespace");
-            // SAFETY: setns takes a descriptor that is open for the length of the call, and changes
-            // the network namespace of this thread alone.
-            let done = unsafe { libc::setns(file.as_raw_fd(), libc::CLONE_NEWNET) };
-            assert_eq!(done, 0, "{}", io::Error::last_os_error());
-            work()
-        });
-        match entered.join() {
-            Ok(value) => value,
-            Err(cause) => std::panic::resume_unwind(cause),
-        }
+        enter_namespace(&self.namespace(name), work)
     }
 
     /// A way to Core that takes its time: a TCP proxy beside it, with this delay each way.
@@ -477,6 +464,29 @@ pub(crate) fn feed(mut command: Command, text: &str) {
         "{}\n{text}",
         String::from_utf8_lossy(&output.stderr)
     );
+}
+
+/// Runs `work` in a thread of its own in a network namespace; sockets that it makes stay there.
+///
+/// # Panics
+/// Where the namespace cannot be entered, or `work` panics.
+#[expect(clippy::expect_used, reason = "the test cannot go on")]
+pub(crate) fn enter_namespace<T: Send>(namespace: &str, work: impl FnOnce() -> T + Send) -> T {
+    let path = format!("/run/netns/{namespace}");
+    std::thread::scope(|scope| {
+        let entered = scope.spawn(move || {
+            let file = File::open(path).expect("the namespace");
+            // SAFETY: setns takes a descriptor that is open for the length of the call, and changes
+            // the network namespace of this thread alone.
+            let done = unsafe { libc::setns(file.as_raw_fd(), libc::CLONE_NEWNET) };
+            assert_eq!(done, 0, "{}", io::Error::last_os_error());
+            work()
+        });
+        match entered.join() {
+            Ok(value) => value,
+            Err(cause) => std::panic::resume_unwind(cause),
+        }
+    })
 }
 
 #[cfg(test)]

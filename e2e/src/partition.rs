@@ -3,14 +3,11 @@
 //! is gone with its value.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
-use std::io;
 use std::net::{IpAddr, Ipv4Addr};
-use std::os::fd::AsRawFd;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use crate::netlab::{feed, run};
+use crate::netlab::{enter_namespace, feed, run};
 
 /// The switch itself, in a namespace that no machine is in.
 const SWITCH: &str = "sw";
@@ -124,23 +121,8 @@ impl Switch {
     ///
     /// # Panics
     /// Where the namespace cannot be entered, or `work` panics.
-    #[expect(clippy::expect_used, reason = "the test cannot go on")]
     pub fn enter<T: Send>(&self, name: &str, work: impl FnOnce() -> T + Send) -> T {
-        let path = format!("/run/netns/{}", self.namespace(name));
-        std::thread::scope(|scope| {
-            let entered = scope.spawn(move || {
-                let file = File::open(path).expect("the namespace");
-                // SAFETY: setns takes a descriptor that is open for the length of the call, and
-                // changes the network namespace of this thread alone.
-                let done = unsafe { libc::setns(file.as_raw_fd(), libc::CLONE_NEWNET) };
-                assert_eq!(done, 0, "{}", io::Error::last_os_error());
-                work()
-            });
-            match entered.join() {
-                Ok(value) => value,
-                Err(cause) => std::panic::resume_unwind(cause),
-            }
-        })
+        enter_namespace(&self.namespace(name), work)
     }
 
     fn inside(&self, name: &str, words: &[&str]) {
@@ -171,6 +153,7 @@ impl Drop for Switch {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
     use std::net::{SocketAddr, TcpListener, TcpStream};
     use std::time::Duration;
 
